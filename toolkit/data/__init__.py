@@ -1,0 +1,1 @@
+"""On what does it train? Everything here is plain Python and numpy, and runs without torch."""

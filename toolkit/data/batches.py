@@ -1,0 +1,115 @@
+"""Token arrays -> micro-batches, packed into one row of tokens or padded to a rectangle.
+
+Shapes: T tokens of a packed micro-batch, S sequences in it, L longest of them, R rows with a label.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from toolkit.data.cache import TokenSplit
+from toolkit.data.hashing import hash64
+from toolkit.data.steps import runs_within
+
+EMPTY_ROW = np.array([0], dtype=np.int64)
+"""Stands in for an empty micro-batch: every rank has to run the same collectives. It has no label."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch as numpy arrays."""
+
+    input_ids: np.ndarray
+    """(1, T) packed or (S, L) padded, int64."""
+    position_ids: np.ndarray
+    """Place of each token in its sequence; same shape."""
+    dropout_keys: np.ndarray
+    """int32, same shape: what dropout at this token depends on."""
+    bounds: np.ndarray | None
+    """(S + 1,) int32: packed sequence s is tokens bounds[s]:bounds[s + 1]. None if padded."""
+    attention_mask: np.ndarray | None
+    """(S, L) 1 on tokens, 0 on padding. None if packed."""
+    labels: np.ndarray
+    """(R,) int64; R is S, or 0 for a stand-in."""
+    rows: np.ndarray
+    """(R,) rows of the split."""
+    tokens: int
+    """Tokens of the R rows."""
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens and padding that go through the encoder."""
+        return self.input_ids.size
+
+
+def make_batch(
+    split: TokenSplit, rows: np.ndarray, *, padded: bool, slot_keys: np.ndarray | None = None
+) -> Batch:
+    """Gather rows into one micro-batch.
+
+    Args:
+        split: where the tokens are.
+        rows: (R,) rows of the split; may be empty.
+        padded: make a rectangle instead of one packed row.
+        slot_keys: (R,) uint64, what dropout on each row depends on; None when there is no dropout.
+    """
+    labels = split.labels[rows].astype(np.int64)
+    if len(rows):
+        sequences = [split.tokens[split.offsets[row] : split.offsets[row + 1]] for row in rows]
+    else:
+        sequences, slot_keys = [EMPTY_ROW], None
+    lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
+    tokens = np.concatenate(sequences).astype(np.int64)
+    starts = np.cumsum(lengths) - lengths
+    positions = np.arange(len(tokens)) - np.repeat(starts, lengths)
+    keys = _token_keys(slot_keys, lengths, positions)
+    counted = int(lengths.sum()) if len(rows) else 0
+    if not padded:
+        bounds = np.append(starts, len(tokens)).astype(np.int32)
+        return Batch(tokens[None], positions[None], keys[None], bounds, None, labels, rows, counted)
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    return Batch(
+        _fill(mask, tokens),
+        _fill(mask, positions),
+        _fill(mask, keys),
+        None,
+        mask.astype(np.int64),
+        labels,
+        rows,
+        counted,
+    )
+
+
+def _token_keys(
+    slot_keys: np.ndarray | None, lengths: np.ndarray, positions: np.ndarray
+) -> np.ndarray:
+    """Return an int32 for each token that depends on its slot and its place in the review alone."""
+    if slot_keys is None:
+        return np.zeros(len(positions), np.int32)
+    mixed = hash64(np.uint64(0), np.repeat(slot_keys, lengths) + positions.astype(np.uint64))
+    return (mixed >> np.uint64(32)).astype(np.uint32).view(np.int32)
+
+
+def _fill(mask_SL: np.ndarray, values_T: np.ndarray) -> np.ndarray:
+    rectangle = np.zeros(mask_SL.shape, values_T.dtype)
+    rectangle[mask_SL] = values_T
+    return rectangle
+
+
+def evaluation_batches(
+    split: TokenSplit, rank: int, world_size: int, *, max_tokens: int, padded: bool
+) -> Iterator[Batch]:
+    """Yield a rank's share of one pass over a split, each row on exactly one rank.
+
+    All ranks yield the same number of batches, the last perhaps empty, so that collectives inside
+    the model (ZeRO-3) stay in step. Rows are sorted by length, so padding is small.
+    """
+    lengths = split.lengths(np.arange(len(split)))
+    order = np.argsort(-lengths, kind="stable")
+    groups = [
+        order[start:stop] for start, stop in runs_within(lengths[order], max_tokens, padded=padded)
+    ]
+    groups += [order[:0]] * (-len(groups) % world_size)
+    for group in groups[rank::world_size]:
+        yield make_batch(split, group, padded=padded)

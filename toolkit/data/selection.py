@@ -1,0 +1,124 @@
+"""Which rows go into which split: seeded, stratified, and never a group on two sides."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from toolkit.data.hashing import hash64, key64
+from toolkit.data.validate import CheckedSplit
+from toolkit.errors import DataError
+
+TEST_SHARE = 0.2
+"""Share of the rows that becomes the test split of a source that has none."""
+VALIDATION_SHARE = 0.1
+MAX_VALIDATION_ROWS = 10_000
+"""Size of the default validation split, in relation to the training rows and at most."""
+
+Selection = dict[str, tuple[str, np.ndarray]]
+"""Our split -> (split of the source, sorted row numbers in it)."""
+
+
+def select(
+    splits: Mapping[str, CheckedSplit],
+    *,
+    seed: int,
+    train_rows: int | None,
+    validation_rows: int | None,
+    test_rows: int | None,
+) -> Selection:
+    """Choose the rows of train, validation and test as a function of the data and the seed.
+
+    Raises:
+        DataError: when a split cannot be made as large, or as balanced, as was asked for.
+    """
+    train = np.flatnonzero(splits["train"].usable)
+    selection: Selection = {}
+    if "test" in splits:
+        test_source, test = "test", np.flatnonzero(splits["test"].usable)
+    else:
+        test_source, test = (
+            "train",
+            _carve(splits["train"], train, int(len(train) * TEST_SHARE), seed, "test"),
+        )
+        train = np.setdiff1d(train, test, assume_unique=True)
+    if "validation" in splits:
+        validation = np.flatnonzero(splits["validation"].usable)
+        if validation_rows:
+            validation = _balanced(
+                splits["validation"], validation, validation_rows, seed, "validation"
+            )
+        selection["validation"] = ("validation", validation)
+    else:
+        count = validation_rows or _default_validation_rows(train_rows or len(train))
+        validation = _carve(splits["train"], train, count, seed, "validation")
+        train = np.setdiff1d(train, validation, assume_unique=True)
+        selection["validation"] = ("train", validation)
+    if train_rows:
+        train = _balanced(splits["train"], train, train_rows, seed, "train")
+    if test_rows:
+        test = _balanced(splits[test_source], test, test_rows, seed, "test")
+    selection |= {"train": ("train", train), "test": (test_source, test)}
+    _refuse_empty(selection)
+    return selection
+
+
+def _default_validation_rows(train_rows: int) -> int:
+    return max(2, min(int(train_rows * VALIDATION_SHARE), MAX_VALIDATION_ROWS))
+
+
+def _carve(
+    split: CheckedSplit, rows: np.ndarray, count: int, seed: int, purpose: str
+) -> np.ndarray:
+    """Take about `count` rows with the classes in their proportions; by whole groups if there are any."""
+    if count >= len(rows):
+        raise DataError(
+            [f"{purpose}: {count} rows asked for, {split.split.origin} has {len(rows)} to give"]
+        )
+    if (split.groups[rows] >= 0).any():
+        return _carve_groups(split, rows, count, seed, purpose)
+    order = _seeded_order(rows, seed, purpose)
+    classes = split.labels[order]
+    positives = round(count * float(classes.mean()))
+    chosen = [order[classes == 0][: count - positives], order[classes == 1][:positives]]
+    return np.sort(np.concatenate(chosen))
+
+
+def _carve_groups(
+    split: CheckedSplit, rows: np.ndarray, count: int, seed: int, purpose: str
+) -> np.ndarray:
+    """Take whole groups in seeded order, as many as come nearest to `count` rows."""
+    groups, sizes = np.unique(split.groups[rows], return_counts=True)
+    order = np.argsort(hash64(key64("split", purpose, seed), groups))
+    taken = int(np.argmin(np.abs(np.cumsum(sizes[order]) - count))) + 1
+    return rows[np.isin(split.groups[rows], groups[order[:taken]])]
+
+
+def _balanced(
+    split: CheckedSplit, rows: np.ndarray, count: int, seed: int, purpose: str
+) -> np.ndarray:
+    """Take `count` rows, as many of one class as of the other (one more of class 1 if odd)."""
+    order = _seeded_order(rows, seed, purpose)
+    classes = split.labels[order]
+    wanted = (count // 2, count - count // 2)
+    have = (int((classes == 0).sum()), int((classes == 1).sum()))
+    if have[0] < wanted[0] or have[1] < wanted[1]:
+        raise DataError(
+            [
+                f"--{purpose}_rows {count}: needs {wanted[0]} + {wanted[1]} rows of the two classes, "
+                f"{split.split.origin} has {have[0]} + {have[1]} to give; at most {2 * min(have)} can be asked for"
+            ]
+        )
+    chosen = [order[classes == number][: wanted[number]] for number in (0, 1)]
+    return np.sort(np.concatenate(chosen))
+
+
+def _seeded_order(rows: np.ndarray, seed: int, purpose: str) -> np.ndarray:
+    return rows[np.argsort(hash64(key64("subset", purpose, seed), rows))]
+
+
+def _refuse_empty(selection: Selection) -> None:
+    empty = [
+        f"no rows are left for {name}" for name, (_, rows) in selection.items() if not len(rows)
+    ]
+    if empty:
+        raise DataError(empty)

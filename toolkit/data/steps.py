@@ -1,0 +1,175 @@
+"""Which rows an optimizer step sees, and who computes which: pure integers, no state.
+
+Training reads an endless stream of rows, one shuffled epoch after another. A slot is a place in
+that stream. Step `s` owns the slots `[s * B, (s + 1) * B)`; the number of ranks and micro-batches
+only decides how a step's rows are dealt out. So resuming is "start at step s", on any world size.
+"""
+
+import functools
+import heapq
+from dataclasses import dataclass
+
+import numpy as np
+
+from toolkit.data.hashing import key64, shuffled
+
+Deal = list[list[np.ndarray]]
+"""[rank][micro_batch] -> places within the step's rows."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The rows of a whole run."""
+
+    num_rows: int
+    """Rows of the training set."""
+    batch_size: int
+    epochs: float
+    seed: int
+    max_steps: int | None = None
+
+    @property
+    def num_slots(self) -> int:
+        """Rows that the run consumes, repetitions counted."""
+        slots = round(self.epochs * self.num_rows)
+        return min(slots, self.max_steps * self.batch_size) if self.max_steps else slots
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the run; only the last one may have fewer than `batch_size` rows."""
+        return -(-self.num_slots // self.batch_size)
+
+    def slots(self, step: int) -> np.ndarray:
+        """Return the slots of a step (counted from 0)."""
+        start = step * self.batch_size
+        return np.arange(start, min(start + self.batch_size, self.num_slots))
+
+    def rows(self, slots: np.ndarray) -> np.ndarray:
+        """Return the row of the training set in each slot."""
+        epochs, places = np.divmod(slots, self.num_rows)
+        rows = np.empty_like(slots)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            rows[here] = epoch_order(self.seed, int(epoch), self.num_rows)[places[here]]
+        return rows
+
+    def ends_epoch(self, step: int) -> bool:
+        """Tell whether a step consumes the last row of an epoch, or of the run."""
+        slots = self.slots(step)
+        crosses = (slots[-1] + 1) // self.num_rows > slots[0] // self.num_rows
+        return bool(crosses) or step == self.num_steps - 1
+
+
+@functools.lru_cache(maxsize=2)  # a step may span two epochs; 29 MB each for 3.6 M rows
+def epoch_order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
+    """Return the permutation of one epoch."""
+    return shuffled(key64("epoch", seed, epoch), num_rows)
+
+
+def deal(
+    lengths: np.ndarray,
+    world_size: int,
+    *,
+    grad_accum: int = 1,
+    max_tokens: int | None = None,
+    padded: bool = False,
+) -> Deal:
+    """Deal a step's rows to ranks and micro-batches, so that ranks carry equal tokens.
+
+    Args:
+        lengths: (R,) tokens of each row.
+        world_size: number of ranks.
+        grad_accum: micro-batches for each rank; fewer if there are not enough rows.
+        max_tokens: use instead as many micro-batches as keep each within this many tokens.
+        padded: a micro-batch costs rows x longest row, instead of the sum of its lengths.
+
+    Returns:
+        For each rank the same number of micro-batches, at least one; a micro-batch may be empty.
+    """
+    split = _deal_padded if padded else _deal_packed
+    at_most = -(-len(lengths) // world_size)
+    if max_tokens is None:
+        return split(lengths, world_size, max(1, min(grad_accum, at_most)))
+    micro_batches = max(1, -(-int(lengths.sum()) // (world_size * max_tokens)))
+    while True:
+        dealt = split(lengths, world_size, micro_batches)
+        if micro_batches >= len(lengths) or _largest(lengths, dealt, padded) <= max_tokens:
+            return dealt
+        micro_batches += 1
+
+
+def _deal_packed(lengths: np.ndarray, world_size: int, micro_batches: int) -> Deal:
+    """Balance tokens over ranks, then over each rank's micro-batches."""
+    return [
+        [mine[part] for part in balance(lengths[mine], micro_batches)]
+        for mine in balance(lengths, world_size)
+    ]
+
+
+def _deal_padded(lengths: np.ndarray, world_size: int, micro_batches: int) -> Deal:
+    """Cut the rows, sorted by length, into runs of equal padded size, and deal those to ranks.
+
+    Neighbours in length share a micro-batch, so there is little padding; long runs have few rows.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    runs = _equal_runs(lengths[order], world_size * micro_batches)
+    batches = [order[start:stop] for start, stop in runs]
+    # runs are alike in cost: deal them like cards, back and forth
+    ranks: Deal = [[] for _ in range(world_size)]
+    for number, batch in enumerate(batches):
+        place, turn = number % world_size, number // world_size
+        ranks[place if turn % 2 == 0 else world_size - 1 - place].append(batch)
+    return ranks
+
+
+def _equal_runs(falling: np.ndarray, count: int) -> list[tuple[int, int]]:
+    """Cut falling lengths into `count` runs, some perhaps empty, with the smallest largest cost."""
+    low, high = int(falling[0]) if len(falling) else 0, int(falling.sum()) + 1
+    while low < high:  # the smallest budget that `count` runs can keep
+        budget = (low + high) // 2
+        if len(runs_within(falling, budget, padded=True)) <= count:
+            high = budget
+        else:
+            low = budget + 1
+    runs = runs_within(falling, low, padded=True)
+    return runs + [(len(falling), len(falling))] * (count - len(runs))
+
+
+def runs_within(falling: np.ndarray, budget: int, *, padded: bool) -> list[tuple[int, int]]:
+    """Cut rows, sorted by falling length, into runs that cost at most `budget` (or are one row)."""
+    totals = np.append(0, np.cumsum(falling))
+    runs, start = [], 0
+    while start < len(falling):
+        if padded:  # the first row of a run is its longest and sets the padded length of the rest
+            stop = start + budget // int(falling[start])
+        else:
+            stop = int(np.searchsorted(totals, totals[start] + budget, side="right")) - 1
+        stop = min(len(falling), max(start + 1, stop))
+        runs.append((start, stop))
+        start = stop
+    return runs
+
+
+def balance(lengths: np.ndarray, parts: int) -> list[np.ndarray]:
+    """Split rows into parts of nearly equal tokens: longest first, each to the lightest part.
+
+    Graham (1969): Bounds on Multiprocessing Timing Anomalies. Ties go to the part with fewer rows.
+    """
+    heap = [(0, 0, part) for part in range(parts)]
+    chosen: list[list[int]] = [[] for _ in range(parts)]
+    for row in np.argsort(-lengths, kind="stable").tolist():
+        tokens, rows, part = heap[0]
+        chosen[part].append(row)
+        heapq.heapreplace(heap, (tokens + int(lengths[row]), rows + 1, part))
+    return [np.array(sorted(rows), dtype=np.int64) for rows in chosen]
+
+
+def cost(lengths: np.ndarray, padded: bool) -> int:
+    """Return the tokens that a micro-batch computes, padding included."""
+    if not len(lengths):
+        return 0
+    return int(lengths.max()) * len(lengths) if padded else int(lengths.sum())
+
+
+def _largest(lengths: np.ndarray, dealt: Deal, padded: bool) -> int:
+    return max(cost(lengths[rows], padded) for batches in dealt for rows in batches)

@@ -1,0 +1,67 @@
+"""One exact pass over a split, on any number of ranks."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from toolkit.data.batches import evaluation_batches
+from toolkit.data.cache import TokenSplit
+from toolkit.engine.runtime import Runtime
+from toolkit.errors import DivergedError
+from toolkit.record.metrics import Confusion
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a pass over N rows found."""
+
+    counts: Confusion
+    loss: float | None
+    """Mean cross-entropy; None without rows."""
+    scores: np.ndarray
+    """(N,) float32 probability of class 1, in the order of the split."""
+
+
+@torch.no_grad()
+def evaluate(
+    runtime: Runtime, model: nn.Module, split: TokenSplit, *, max_tokens: int, padded: bool
+) -> Evaluation:
+    """Score every row of a split exactly once; all ranks get the whole result.
+
+    Raises:
+        RuntimeError: when a row was counted more or less than once.
+        DivergedError: when a score is not finite.
+    """
+    was_training = model.training
+    model.eval()
+    scores, seen = torch.zeros(len(split)), torch.zeros(len(split), dtype=torch.int32)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    for batch in evaluation_batches(
+        split, runtime.rank, runtime.world_size, max_tokens=max_tokens, padded=padded
+    ):
+        logits_RC = model(**runtime.inputs(batch)).logits[: len(batch.rows)].float()
+        loss_sum += functional.cross_entropy(logits_RC, runtime.labels(batch), reduction="sum")
+        scores[batch.rows] = logits_RC.softmax(dim=-1)[:, 1].cpu()
+        seen[batch.rows] += 1
+    model.train(was_training)
+    loss_sum = runtime.sum_tensor(loss_sum)
+    scores, seen = runtime.sum_tensor(scores).cpu(), runtime.sum_tensor(seen).cpu()
+    if not bool((seen == 1).all()):
+        raise RuntimeError(f"evaluation saw {int((seen != 1).sum())} rows more or less than once")
+    if not bool(torch.isfinite(scores).all()):
+        raise DivergedError("the model gives scores that are not finite")
+    loss = loss_sum.item() / len(split) if len(split) else None
+    return Evaluation(_confusion(split.labels, scores.numpy()), loss, scores.numpy())
+
+
+def _confusion(labels: np.ndarray, scores: np.ndarray) -> Confusion:
+    predicted, actual = scores > 0.5, labels == 1
+    return Confusion(
+        tp=int((predicted & actual).sum()),
+        fp=int((predicted & ~actual).sum()),
+        fn=int((~predicted & actual).sum()),
+        tn=int((~predicted & ~actual).sum()),
+    )

@@ -1,0 +1,65 @@
+"""Files that a reader never sees half of: written aside, synced, published by one rename."""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+
+@contextmanager
+def lock(target: Path) -> Iterator[None]:
+    """Hold the only builder's place for `target`; the kernel frees it when the process dies."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f".{target.name}.lock")):
+        yield
+
+
+@contextmanager
+def publish_folder(target: Path) -> Iterator[Path]:
+    """Yield a hidden folder next to `target` and rename it into place when the block succeeds.
+
+    What killed builders left is removed; so call it with `lock(target)` held.
+    """
+    for left in target.parent.glob(f".{target.name}.tmp-*"):
+        shutil.rmtree(left)
+    aside = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for path in sorted(aside.rglob("*")):
+            sync(path)
+        sync(aside)
+        aside.rename(target)
+        sync(target.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole: a reader sees the old content or the new one."""
+    aside = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    aside.write_text(text, encoding="utf-8")
+    sync(aside)
+    aside.replace(path)
+    sync(path.parent)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,198 @@
+"""A BERT encoder and a head as one model that saves and loads like any other of `transformers`.
+
+Shapes: T tokens of a packed micro-batch, S sequences, L longest of them, D features, C classes.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import BertConfig, BertModel, BertPreTrainedModel, initialization
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils import logging as transformers_logging
+
+from toolkit.errors import DataError
+from toolkit.model import attention
+from toolkit.model.dropout import DropoutKeys, replace_dropout
+from toolkit.model.heads import HeadOptions, build_head
+
+
+class HeadClassifierConfig(BertConfig):
+    """BERT's configuration and the head's.
+
+    The model type is our own: under "bert" the stock classes would load such a folder and put a
+    random head where ours was.
+    """
+
+    model_type = "bert_with_head"
+
+    head: str = "v2"
+    head_width: int | None = None
+    head_depth: int = 3
+    head_activation: str = "gelu"
+    head_dropout: float = 0.1
+
+
+class HeadClassifier(BertPreTrainedModel):
+    """Encoder, pooler and head."""
+
+    config_class = HeadClassifierConfig
+    base_model_prefix = "bert"
+
+    def __init__(self, config: HeadClassifierConfig) -> None:
+        super().__init__(config)
+        self.bert = BertModel(config)
+        options = HeadOptions(
+            config.head_width, config.head_depth, config.head_activation, config.head_dropout
+        )
+        self.head = build_head(config.head, config.hidden_size, config.num_labels, options)
+        self.token_keys, self.sequence_keys = DropoutKeys(), DropoutKeys()
+        layers = replace_dropout(self.bert, self.token_keys)
+        replace_dropout(self.head, self.sequence_keys, first_layer=layers)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw what the checkpoint does not hold; `initialization` leaves alone what it does."""
+        if isinstance(module, nn.Linear) and any(module is layer for layer in self.head.modules()):
+            # Xavier (Glorot and Bengio, 2010). BERT's normal(0, 0.02) shrinks the signal at every
+            # layer of a deep head: to 0.4 at 384 units
+            initialization.xavier_uniform_(module.weight)
+            initialization.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        bounds: list[int] | None = None,
+        dropout_keys: Tensor | None = None,
+    ) -> SequenceClassifierOutput:
+        """Classify sequences.
+
+        Args:
+            input_ids: (S, L), or (1, T) when packed.
+            attention_mask: (S, L), 1 on tokens; None means that there is no padding.
+            token_type_ids: as in BERT.
+            position_ids: as in BERT; needed when packed.
+            labels: (S,); if given, the mean cross-entropy is returned as `loss`.
+            bounds: S + 1 places that cut packed tokens into sequences; None means not packed.
+            dropout_keys: int32 with the shape of `input_ids`, see `toolkit.model.dropout`.
+
+        Returns:
+            `logits` (S, C), and `loss` if there are labels.
+        """
+        self.token_keys.value = dropout_keys
+        self.sequence_keys.value = None if dropout_keys is None else _firsts(dropout_keys, bounds)
+        packing = {} if bounds is None else {"bounds": bounds}
+        encoded = self.bert(input_ids, attention_mask, token_type_ids, position_ids, **packing)
+        pooled_SD = encoded.pooler_output
+        if bounds is not None:  # BERT pooled the first token of the pack only
+            pooled_SD = self.bert.pooler(_firsts(encoded.last_hidden_state, bounds).unsqueeze(1))
+        # the head costs next to nothing; in bf16 its logits would have three digits
+        with torch.autocast(pooled_SD.device.type, enabled=False):
+            logits_SC = self.head(pooled_SD.to(self.head[-1].weight.dtype))
+        loss = None if labels is None else functional.cross_entropy(logits_SC.float(), labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits_SC)
+
+
+def _firsts(x: Tensor, bounds: list[int] | None) -> Tensor:
+    """Return the entries of each sequence's first token: (S, L, ...) or (1, T, ...) -> (S, ...)."""
+    return x[:, 0] if bounds is None else x[0, bounds[:-1]]
+
+
+@dataclass(frozen=True)
+class ClassifierSpec:
+    """What a user said about the model. The fields are those of `RunConfig`."""
+
+    head: str = "v2"
+    head_width: int | None = None
+    head_depth: int | None = None
+    head_activation: str = "gelu"
+    dropout: float = 0.1
+    encoder_dropout: float | None = None
+    seed: int = 0
+
+
+def build_classifier(
+    spec: ClassifierSpec, encoder_folder: Path, label_names: tuple[str, str]
+) -> tuple[HeadClassifier, list[str]]:
+    """Join a pretrained encoder and a new head, in fp32.
+
+    Attention dropout is 0 in every batching: the packed back ends have none.
+
+    Returns:
+        The model, and warnings about what the checkpoint lacks.
+
+    Raises:
+        DataError: when the folder holds no BERT in safetensors.
+    """
+    config = _classifier_config(spec, encoder_folder, label_names)
+    attention.register()
+    transformers_logging.set_verbosity_error()  # its report of new weights is replaced by ours
+    transformers_logging.disable_progress_bar()
+    torch.manual_seed(spec.seed)
+    try:
+        model, info = HeadClassifier.from_pretrained(
+            encoder_folder,
+            config=config,
+            attn_implementation=attention.NAME,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except OSError as error:
+        raise DataError([f"encoder {encoder_folder}: {error}"]) from error
+    return model, _missing_weights(info["missing_keys"], encoder_folder)
+
+
+def _classifier_config(
+    spec: ClassifierSpec, encoder_folder: Path, label_names: tuple[str, str]
+) -> HeadClassifierConfig:
+    try:
+        base, _ = BertConfig.get_config_dict(encoder_folder)
+    except OSError as error:
+        raise DataError([f"encoder {encoder_folder}: {error}"]) from error
+    if base.get("model_type") not in ("bert", HeadClassifierConfig.model_type):
+        kind = base.get("model_type")
+        raise DataError([f"encoder {encoder_folder} is of type {kind!r}; BERT models can be used"])
+    ours = {
+        "model_type": HeadClassifierConfig.model_type,
+        "architectures": [HeadClassifier.__name__],
+        "attention_probs_dropout_prob": 0.0,
+        "id2label": dict(enumerate(label_names)),
+        "label2id": {name: number for number, name in enumerate(label_names)},
+        "head": spec.head,
+        "head_width": spec.head_width,
+        "head_depth": spec.head_depth or HeadOptions.depth,
+        "head_activation": spec.head_activation,
+        "head_dropout": spec.dropout,
+    }
+    if spec.encoder_dropout is not None:
+        ours["hidden_dropout_prob"] = spec.encoder_dropout
+    return HeadClassifierConfig.from_dict(base | ours)
+
+
+def _missing_weights(missing: set[str], encoder_folder: Path) -> list[str]:
+    """Sort absent weights: the head is new by design, a pooler may be, anything else is damage."""
+    rest = sorted(name for name in missing if not name.startswith("head."))
+    pooler = [name for name in rest if name.startswith("bert.pooler.")]
+    if len(rest) > len(pooler):
+        raise DataError([f"encoder {encoder_folder} lacks weights: {', '.join(rest[:5])} ..."])
+    if pooler:
+        return [
+            f"WARNING: {encoder_folder} has no trained pooler: it starts from random weights, like "
+            "the head. Expect to need more steps than with a checkpoint that has one."
+        ]
+    return []
+
+
+def load_weights(model: HeadClassifier, folder: Path) -> None:
+    """Put the weights of a saved model folder into a model of the same shape."""
+    model.load_state_dict(load_file(folder / "model.safetensors"))

@@ -1,0 +1,49 @@
+"""Which pretrained encoder: a name, a folder or a model of the hub -> a local folder."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from toolkit.assets import MINILM, fetch, hub_folder
+
+
+class HubModel(NamedTuple):
+    """A model of the hub at a known commit."""
+
+    repository: str
+    commit: str
+
+
+HUB_ENCODERS = {
+    "bert-base": HubModel(
+        "google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594"
+    ),
+}
+
+FILES = [
+    "config.json",
+    "model.safetensors",
+    "tokenizer*.json",
+    "vocab.txt",
+    "special_tokens_map.json",
+]
+"""No pickled weights: they are code."""
+
+
+def encoder_folder(encoder: str, revision: str | None, cache: Path) -> Path:
+    """Return a local folder with the encoder's configuration, weights and tokenizer.
+
+    Raises:
+        DataError: when it is neither here nor to be had.
+    """
+    if encoder == "minilm":
+        return fetch(MINILM, cache)
+    if Path(encoder).expanduser().is_dir():
+        return Path(encoder).expanduser().absolute()
+    known = HUB_ENCODERS.get(encoder, HubModel(encoder, "main"))
+    return hub_folder(
+        known.repository,
+        "model",
+        revision or known.commit,
+        FILES,
+        hint="--encoder minilm, or --encoder FOLDER with config.json, model.safetensors and a tokenizer",
+    )

@@ -1,0 +1,47 @@
+"""Find or make the token cache of a configuration.
+
+    python -m toolkit prepare --dataset amazon_polarity      on a login node, before the GPUs start
+
+Needs neither a GPU nor torch. Training does the same when the cache is not there yet.
+"""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from toolkit.config import RunConfig, cache_dir, parse
+from toolkit.console import complain, say
+from toolkit.data.cache import TokenCache
+from toolkit.data.prepare import DataSpec, describe, prepare
+from toolkit.errors import ToolkitError
+from toolkit.model.encoders import encoder_folder
+
+Spec = TypeVar("Spec")
+
+
+def part(kind: type[Spec], config: RunConfig, **more: Any) -> Spec:
+    """Make a module's own settings of the fields that it shares with the configuration."""
+    names = [f.name for f in fields(kind) if f.name not in more]  # type: ignore[arg-type]
+    return kind(**{name: getattr(config, name) for name in names}, **more)
+
+
+def prepare_data(config: RunConfig) -> tuple[TokenCache, Path]:
+    """Return the token cache and the encoder's folder.
+
+    Raises:
+        DataError: when data or encoder cannot be found or used.
+    """
+    cache = cache_dir(config)
+    encoder = encoder_folder(config.encoder, config.encoder_revision, cache)
+    return prepare(part(DataSpec, config), encoder, cache), encoder
+
+
+def main(argv: list[str]) -> int:
+    """Prepare the data that the arguments name; return the exit code."""
+    try:
+        tokens, _ = prepare_data(parse(argv, prog="toolkit prepare"))
+    except ToolkitError as error:
+        complain(f"error: {error}")
+        return error.exit_code
+    say(describe(tokens.meta, tokens.folder))
+    return 0

@@ -1,0 +1,1 @@
+"""What came out? Files first; everything here is written whole and read by others."""

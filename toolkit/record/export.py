@@ -1,0 +1,86 @@
+"""What others load: the model folder with tokenizer and card, and the scores of the test set."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "special_tokens_map.json",
+)
+
+CARD = """\
+# {run_id}
+
+BERT classifier with head **{head}**, trained on `{dataset}` from the encoder `{encoder}`.
+
+| validation, step {step} | value | 95 % interval |
+|---|---:|---|
+{rows}
+
+```python
+from toolkit.model.classifier import HeadClassifier
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("best")
+model = HeadClassifier.from_pretrained("best").eval()
+logits = model(**tokenizer(["Great sound."], return_tensors="pt")).logits
+```
+
+Labels: {labels}. The settings of the run are in its `config.yaml`.
+"""
+
+
+def save_model(
+    model: Any, encoder_folder: Path, folder: Path, card: dict[str, Any], validation: dict[str, Any]
+) -> None:
+    """Write weights, configuration, tokenizer and card into an empty folder."""
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    model.save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        if (encoder_folder / name).exists():
+            shutil.copyfile(encoder_folder / name, folder / name)
+    results = [
+        EvalResult(
+            task_type="text-classification",
+            dataset_type=card["dataset"],
+            dataset_name=f"{card['dataset']} (validation)",
+            metric_type=name,
+            metric_value=validation[name]["value"],
+        )
+        for name in ("accuracy", "precision", "recall", "f1")
+        if validation[name]["value"] is not None
+    ]
+    data = ModelCardData(
+        model_name=card["run_id"], library_name="transformers", eval_results=results
+    )
+    rows = "\n".join(
+        _card_row(name, validation[name]) for name in ("accuracy", "precision", "recall", "f1")
+    )
+    text = f"---\n{data.to_yaml()}\n---\n\n" + CARD.format(rows=rows, **card)
+    ModelCard(text).save(folder / "README.md")
+
+
+def _card_row(name: str, estimate: dict[str, Any]) -> str:
+    value = "n/a" if estimate["value"] is None else f"{estimate['value']:.4f}"
+    return f"| {name} | {value} | {estimate['low']:.4f} to {estimate['high']:.4f} |"
+
+
+def save_predictions(
+    path: Path, row_ids: np.ndarray, labels: np.ndarray, scores: np.ndarray
+) -> None:
+    """Write one line for each test row; `score` is the probability of class 1."""
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table(
+        {"row_id": np.asarray(row_ids), "label": np.asarray(labels), "score": np.asarray(scores)}
+    )
+    aside = path.with_name(f".{path.name}.tmp")
+    pyarrow.parquet.write_table(table, aside)
+    aside.replace(path)

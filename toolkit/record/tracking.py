@@ -1,0 +1,87 @@
+"""W&B as a mirror of the journal: it may be absent, slow or down, and the run goes on."""
+
+import netrc
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlparse
+
+from toolkit.console import complain
+
+
+class Backend(Protocol):
+    """What we need of Accelerate's tracker."""
+
+    def log(self, values: dict[str, Any], step: int | None = None) -> None:
+        """Send one row."""
+
+    def finish(self) -> None:
+        """End the run."""
+
+
+class Tracker:
+    """Mirrors rows to a backend, or to nothing. The first failure is reported and ends it."""
+
+    def __init__(self, start: Callable[[], Backend] | None = None) -> None:
+        self.backend: Backend | None = None
+        if start is not None:
+            self.backend = self._guard(start)
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Mirror one row; `global_step` is the axis, because W&B's own step only grows."""
+        if self.backend is not None:
+            backend = self.backend
+            self._guard(lambda: backend.log(values | {"global_step": step}))
+
+    def finish(self) -> None:
+        """End the mirrored run."""
+        if self.backend is not None:
+            self._guard(self.backend.finish)
+
+    def _guard(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Exception as error:  # a mirror must not end the run, whatever breaks in it
+            complain(
+                f"W&B failed and is off for the rest of this run: {type(error).__name__}: {error}"
+            )
+            self.backend = None
+            return None
+
+
+def wandb_settings(options: dict[str, Any], run_id: str, folder: Path) -> dict[str, Any]:
+    """Return the arguments of `wandb.init`, environment variables of W&B taking precedence."""
+    return {
+        "entity": os.environ.get("WANDB_ENTITY") or options["entity"],
+        "group": os.environ.get("WANDB_RUN_GROUP") or options["group"],
+        "tags": options["tags"],
+        "id": run_id,
+        "name": run_id,
+        "resume": "allow",
+        "dir": str(folder),
+        "mode": wandb_mode(),
+    }
+
+
+def wandb_project(options: dict[str, Any]) -> str:
+    """Return the project to log to."""
+    return os.environ.get("WANDB_PROJECT") or options["project"]
+
+
+def wandb_mode() -> str:
+    """Return "online" when there is a key, else "offline": never a prompt."""
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"]
+    return "online" if os.environ.get("WANDB_API_KEY") or _key_in_netrc() else "offline"
+
+
+def _key_in_netrc() -> bool:
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return (
+            bool(host)
+            and netrc.netrc(os.environ.get("NETRC")).authenticators(str(host)) is not None
+        )
+    except (OSError, netrc.NetrcParseError):
+        return False
