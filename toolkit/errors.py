@@ -2,7 +2,7 @@
 
 
 class ToolkitError(Exception):
-    """A failure with a known outcome: printed without a traceback, recorded, and turned into an exit code."""
+    """A failure with a known outcome: printed without a traceback and recorded."""
 
     status = "crashed"
     exit_code = 1

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 from toolkit.config import RunConfig, cache_dir, parse
 from toolkit.console import complain, say
 from toolkit.data.cache import TokenCache
-from toolkit.data.prepare import DataSpec, describe, prepare
+from toolkit.data.prepare import DataSpec, prepare
+from toolkit.data.report import describe
 from toolkit.errors import ToolkitError
 from toolkit.model.encoders import encoder_folder
 
@@ -43,5 +44,5 @@ def main(argv: list[str]) -> int:
     except ToolkitError as error:
         complain(f"error: {error}")
         return error.exit_code
-    say(describe(tokens.meta, tokens.folder))
+    say(describe(tokens))
     return 0

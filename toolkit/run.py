@@ -75,7 +75,7 @@ class Run:
     def execute(self) -> None:
         """Build, distribute, loop, score the test set once, write the summary."""
         trainer = self.build()
-        self.begin(trainer)
+        self.begin()
         with TrainingProgress(trainer.stream.num_steps, enabled=self.runtime.is_main) as progress:
             self.progress = progress
             totals = train(trainer, Hooks(progress.update, self.on_log, self.on_eval))
@@ -104,7 +104,7 @@ class Run:
             optim=optim,
         )
 
-    def begin(self, trainer: Trainer) -> None:
+    def begin(self) -> None:
         """Record what is known before the first step."""
         config, runtime = self.config, self.runtime
         facts = provenance() | runtime.describe()
@@ -121,9 +121,8 @@ class Run:
                 lambda: runtime.start_wandb(wandb_project(options), settings, config.identity())
             )
         self.say(
-            f"Training {config.run_id}: head {config.head}, {trainer.stream.num_steps} steps of "
-            f"{config.batch_size} reviews on {runtime.world_size} x {facts['device']}, "
-            f"{config.precision}, {facts['batching']}\nrun folder: {self.folder.path}"
+            f"Training on {runtime.world_size} x {facts['device']}, {config.precision}, "
+            f"{facts['batching']}; run folder: {self.folder.path}"
         )
 
     def on_log(self, step: int, values: dict[str, Any]) -> None:

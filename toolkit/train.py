@@ -20,6 +20,7 @@ import os
 
 from toolkit.config import RunConfig, parse
 from toolkit.console import complain, say
+from toolkit.data.report import describe
 from toolkit.data.steps import Stream
 from toolkit.errors import ToolkitError
 from toolkit.prepare import part, prepare_data
@@ -54,9 +55,10 @@ def start(config: RunConfig) -> int:
         if is_main and folder.status is None:
             folder.set_status(error.status, message=str(error))
         raise
+    if is_main:
+        say(describe(tokens))
+        say(describe_plan(config, len(tokens.splits["train"])))
     if config.dry_run:
-        if is_main:
-            say(describe_plan(config, len(tokens.splits["train"])))
         return 0
     from toolkit.run import run  # imports torch, which takes a second
 
@@ -66,9 +68,10 @@ def start(config: RunConfig) -> int:
 def describe_plan(config: RunConfig, num_rows: int) -> str:
     """Say what a run would do."""
     stream = part(Stream, config, num_rows=num_rows)
+    epochs = stream.num_slots / num_rows
     return (
-        f"run {config.run_id}: head {config.head}, {stream.num_steps} steps of {config.batch_size} "
-        f"reviews, {stream.num_slots} reviews in all ({stream.num_slots / num_rows:g} epochs of {num_rows})"
+        f"Run {config.run_id}: head {config.head}, {stream.num_steps} steps of {config.batch_size} "
+        f"reviews, {stream.num_slots} reviews in all ({epochs:g} epochs of {num_rows})"
     )
 
 

@@ -105,7 +105,8 @@ def _balanced(
         raise DataError(
             [
                 f"--{purpose}_rows {count}: needs {wanted[0]} + {wanted[1]} rows of the two classes, "
-                f"{split.split.origin} has {have[0]} + {have[1]} to give; at most {2 * min(have)} can be asked for"
+                f"{split.split.origin} has {have[0]} + {have[1]} to give; "
+                f"ask for {2 * min(have)} at most"
             ]
         )
     chosen = [order[classes == number][: wanted[number]] for number in (0, 1)]

@@ -169,8 +169,9 @@ def _local(spec: SourceSpec, path: Path) -> Source:
     ]
     if "train" not in files:
         problems.append(
-            f"{path}: found no train file; a folder holds train.csv (or .tsv .jsonl .parquet), and if you "
-            f"have them validation.* and test.*; here are {sorted(p.name for p in path.iterdir())[:10]}"
+            f"{path}: found no train file; a folder holds train.csv (or .tsv .jsonl .parquet) and, "
+            "if you have them, validation.* and test.*; "
+            f"here are {sorted(p.name for p in path.iterdir())[:10]}"
         )
     problems = problems or [
         p for files_ in files.values() for file in files_ for p in _column_problems(file, spec)

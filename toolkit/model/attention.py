@@ -7,6 +7,7 @@ Shapes: B rows (1 when packed), T tokens of a row, H heads, K units a head; `bou
 that cut the packed tokens into S sequences.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -65,5 +66,5 @@ def _attend_packed(
 
 
 def _cut(tensor_1HTK: Tensor, bounds: list[int]) -> tuple[Tensor, ...]:
-    sizes = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+    sizes = [stop - start for start, stop in pairwise(bounds)]
     return tensor_1HTK.split(sizes, dim=2)

@@ -5,6 +5,7 @@ Shapes: T tokens of a packed micro-batch, S sequences, L longest of them, D feat
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -31,7 +32,7 @@ class HeadClassifierConfig(BertConfig):
 
     head: str = "v2"
     head_width: int | None = None
-    head_depth: int = 3
+    head_depth: int = HeadOptions.depth
     head_activation: str = "gelu"
     head_dropout: float = 0.1
 
@@ -48,7 +49,7 @@ class HeadClassifier(BertPreTrainedModel):
         options = HeadOptions(
             config.head_width, config.head_depth, config.head_activation, config.head_dropout
         )
-        self.head = build_head(config.head, config.hidden_size, config.num_labels, options)
+        self.head = build_head(config.head, config.hidden_size, len(config.id2label or {}), options)
         self.token_keys, self.sequence_keys = DropoutKeys(), DropoutKeys()
         layers = replace_dropout(self.bert, self.token_keys)
         replace_dropout(self.head, self.sequence_keys, first_layer=layers)
@@ -94,10 +95,12 @@ class HeadClassifier(BertPreTrainedModel):
         encoded = self.bert(input_ids, attention_mask, token_type_ids, position_ids, **packing)
         pooled_SD = encoded.pooler_output
         if bounds is not None:  # BERT pooled the first token of the pack only
-            pooled_SD = self.bert.pooler(_firsts(encoded.last_hidden_state, bounds).unsqueeze(1))
+            pooler = self.bert.pooler
+            assert pooler is not None
+            pooled_SD = pooler(_firsts(encoded.last_hidden_state, bounds).unsqueeze(1))
         # the head costs next to nothing; in bf16 its logits would have three digits
         with torch.autocast(pooled_SD.device.type, enabled=False):
-            logits_SC = self.head(pooled_SD.to(self.head[-1].weight.dtype))
+            logits_SC = self.head(pooled_SD.to(next(self.head.parameters()).dtype))
         loss = None if labels is None else functional.cross_entropy(logits_SC.float(), labels)
         return SequenceClassifierOutput(loss=loss, logits=logits_SC)
 
@@ -139,7 +142,7 @@ def build_classifier(
     transformers_logging.disable_progress_bar()
     torch.manual_seed(spec.seed)
     try:
-        model, info = HeadClassifier.from_pretrained(
+        loaded: Any = HeadClassifier.from_pretrained(
             encoder_folder,
             config=config,
             attn_implementation=attention.NAME,
@@ -149,6 +152,7 @@ def build_classifier(
         )
     except OSError as error:
         raise DataError([f"encoder {encoder_folder}: {error}"]) from error
+    model, info = loaded
     return model, _missing_weights(info["missing_keys"], encoder_folder)
 
 

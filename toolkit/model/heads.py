@@ -43,7 +43,7 @@ class V2(nn.Sequential):
 
 
 class V3(nn.Sequential):
-    """A deeper stack, by default of three linear layers: (Dropout, Linear, activation)*, Dropout, Linear(C)."""
+    """A deeper stack, by default three linear layers, each but the last with an activation."""
 
     def __init__(self, features: int, classes: int, options: HeadOptions) -> None:
         super().__init__(*feed_forward(features, classes, options, depth=options.depth))

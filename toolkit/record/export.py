@@ -6,12 +6,7 @@ from typing import Any
 
 import numpy as np
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-    "special_tokens_map.json",
-)
+from toolkit.assets import TOKENIZER_FILES
 
 CARD = """\
 # {run_id}

@@ -1,0 +1,122 @@
+"""What tests share: a tiny BERT, tiny reviews, and the real launcher."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+POSITIVE = ["great", "love", "perfect", "excellent", "works", "good"]
+NEGATIVE = ["bad", "broken", "awful", "poor", "waste", "hate"]
+NEUTRAL = ["the", "phone", "battery", "it", "is", "a", "camera", "and", "very", "this", "sound"]
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the developer's own settings out of the tests, and the network too."""
+    for name in list(os.environ):
+        if name.startswith(("WANDB_", "ACCELERATE_", "HF_HUB_OFFLINE")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+
+@pytest.fixture(scope="session")
+def shared_cache() -> Path:
+    """The user's own cache: the embedded encoder and reviews are fetched once, not for each run."""
+    from toolkit.config import RunConfig, cache_dir
+
+    return cache_dir(RunConfig())
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT with random weights: 2 layers, 32 units, a vocabulary of some 40 words."""
+    import torch
+    from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
+    from tokenizers.models import WordPiece
+    from transformers import BertConfig, BertModel
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *POSITIVE, *NEGATIVE, *NEUTRAL]
+    words += [chr(code) for code in range(ord("a"), ord("z") + 1) if chr(code) not in words]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    folder = tmp_path_factory.mktemp("tiny_encoder")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]"}'
+    )
+    return folder
+
+
+def reviews(count: int) -> list[tuple[str, str]]:
+    """Make separable reviews of very different lengths: (text, label)."""
+    rows = []
+    for number in range(count):
+        label = ("neg", "pos")[number % 2]
+        words = (NEGATIVE, POSITIVE)[number % 2]
+        filler = [NEUTRAL[(number * 7 + k) % len(NEUTRAL)] for k in range((number * 5) % 23)]
+        rows.append((" ".join([*filler, words[number % 6], words[(number // 2) % 6]]), label))
+    return rows
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.csv (120 rows) and test.csv (41 rows)."""
+    folder = tmp_path_factory.mktemp("tiny_data")
+    for name, count in (("train", 120), ("test", 41)):
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("text", "label"), *reviews(count)])
+    return folder
+
+
+@pytest.fixture
+def tiny_flags(tiny_encoder: Path, tiny_data: Path, tmp_path: Path) -> list[str]:
+    """Flags of a run that takes a second."""
+    return [
+        f"--encoder={tiny_encoder}",
+        f"--dataset={tiny_data}",
+        f"--cache_dir={tmp_path / 'cache'}",
+        f"--output_dir={tmp_path / 'runs'}",
+        "--track=none",
+        "--max_length=32",
+        "--batch_size=16",
+        "--lr=0.003",
+        "--cpu_threads=1",
+    ]
+
+
+def run_python(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run this interpreter and capture what it prints."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | environment, cwd="/"
+    )
+
+
+def launch(
+    processes: int, script: Path, *arguments: str | Path
+) -> subprocess.CompletedProcess[str]:
+    """Run a script under the real `accelerate launch`, from another working directory."""
+    config = ROOT / "launch" / ("cpu.yaml" if processes == 1 else "cpu2.yaml")
+    command = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", config]
+    command += ["--num_processes", str(processes), "--num_cpu_threads_per_process", "1", script]
+    return run_python(*command, *arguments, ACCELERATE_USE_CPU="true")

@@ -1,0 +1,87 @@
+"""Invariants 1 and 3 on real process groups: 1, 2 and 3 gloo processes under `accelerate launch`."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, launch
+
+WORKER = ROOT / "tests" / "workers" / "train_few_steps.py"
+WORLDS = (1, 2, 3)
+STEPS = 5
+LIKE_PACKED = ("accum1", "accum4", "accum7", "max_tokens", "padded", "padded_accum3")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path, tiny_data: Path) -> Path:
+    """Run the worker once on each world size."""
+    folder = tmp_path_factory.mktemp("results")
+    flags = [
+        f"--encoder={tiny_encoder}",
+        f"--dataset={tiny_data}",
+        f"--cache_dir={folder / 'cache'}",
+        "--max_length=32",
+        "--batch_size=16",
+        "--lr=0.001",
+        "--dropout=0.2",
+        "--track=none",
+    ]
+    for world_size in WORLDS:
+        done = launch(world_size, WORKER, folder, str(world_size), *flags)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def load(folder: Path, case: str, world_size: int) -> dict[str, np.ndarray]:
+    with np.load(folder / f"{case}-{world_size}.npz") as file:
+        return dict(file)
+
+
+def relative_difference(a: dict[str, np.ndarray], b: dict[str, np.ndarray], prefix: str) -> float:
+    """Return |a - b| / |b| over all tensors of a kind, as one long vector."""
+    names = [name for name in b if name.startswith(prefix)]
+    assert len(names) > 30
+    difference = sum(float(((a[name] - b[name]) ** 2).sum()) for name in names)
+    return (difference / sum(float((b[name] ** 2).sum()) for name in names)) ** 0.5
+
+
+@pytest.mark.parametrize("case", LIKE_PACKED)
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_a_step_is_the_same_however_it_is_split(results: Path, case: str, world_size: int) -> None:
+    """Invariant 1, with dropout on: rows, rates, gradient, loss, and the weights after 5 steps."""
+    one, split = load(results, "accum1", 1), load(results, case, world_size)
+    assert (one["rows"] == split["rows"]).all()
+    assert (one["rates"] == split["rates"]).all()
+    assert len(set(one["rates"])) == STEPS
+    np.testing.assert_allclose(split["losses"], one["losses"], rtol=1e-5)
+    assert relative_difference(split, one, "gradient/") < 1e-5
+    assert relative_difference(split, one, "weight/") < 1e-5
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_a_step_with_fewer_rows_than_micro_batches(results: Path, world_size: int) -> None:
+    """Two rows on up to three ranks: somebody's micro-batch is empty."""
+    one, split = load(results, "tiny_batch", 1), load(results, "tiny_batch", world_size)
+    assert one["rows"].sum() == 2 * STEPS
+    assert (one["rows"] == split["rows"]).all()
+    assert relative_difference(split, one, "gradient/") < 1e-5
+    assert relative_difference(split, one, "weight/") < 1e-5
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_evaluation_counts_every_row_once(results: Path, world_size: int) -> None:
+    """Invariant 3, for sizes around the number of ranks."""
+    report = json.loads((results / f"report-{world_size}.json").read_text())
+    assert report["evaluated"] == {str(n): n for n in (0, 1, 2, 3, 4, 23, 41)}
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_nan_on_one_rank_is_one_decision_for_all(results: Path, world_size: int) -> None:
+    report = json.loads((results / f"report-{world_size}.json").read_text())
+    assert report["poison"] == {
+        "skipped": 2,
+        "finite": True,
+        "diverged": True,
+        "replicas_equal": True,
+    }

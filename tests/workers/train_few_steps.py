@@ -1,0 +1,164 @@
+"""Run under `accelerate launch` by test_distributed.py: train a few steps in many ways, save what came out.
+
+    train_few_steps.py OUT_FOLDER EXPECTED_WORLD_SIZE FLAG...
+
+One process start serves all cases, because starting costs more than they do.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from toolkit.config import RunConfig, parse
+from toolkit.data.steps import Stream
+from toolkit.engine.evaluate import evaluate
+from toolkit.engine.loop import Hooks, LoopSpec, Totals, Trainer, micro_batches, train, train_step
+from toolkit.engine.optim import OptimSpec, build_optimizer
+from toolkit.engine.runtime import Runtime
+from toolkit.errors import DivergedError
+from toolkit.model.classifier import ClassifierSpec, build_classifier
+from toolkit.prepare import part, prepare_data
+
+STEPS = 5
+CASES = {
+    "accum1": [],
+    "accum4": ["--grad_accum=4"],
+    "accum7": ["--grad_accum=7"],
+    "max_tokens": ["--max_tokens=64"],
+    "padded": ["--batching=padded"],
+    "padded_accum3": ["--batching=padded", "--grad_accum=3"],
+    "tiny_batch": ["--batch_size=2", "--grad_accum=3"],
+}
+EVALUATION_SIZES = (0, 1, 2, 3, 4, 23, 41)
+
+
+def build(config: RunConfig, runtime: Runtime) -> Trainer:
+    """Make a trainer as `toolkit.run` does."""
+    tokens, encoder = prepare_data(config)
+    model, _ = build_classifier(part(ClassifierSpec, config), encoder, tokens.label_names)
+    optim = part(OptimSpec, config)
+    prepared, optimizer = runtime.prepare(model, build_optimizer(model, optim))
+    split = tokens.splits["train"]
+    stream = part(Stream, config, num_rows=len(split))
+    padded = config.batching == "padded"
+    return Trainer(
+        runtime, prepared, optimizer, split, stream, padded, part(LoopSpec, config), optim
+    )
+
+
+def first_gradient(trainer: Trainer) -> dict[str, np.ndarray]:
+    """Take one step that applies nothing, and return the gradient that it would have applied."""
+    caught: dict[str, np.ndarray] = {}
+
+    def catch(*_: object) -> None:
+        model = trainer.runtime.unwrap(trainer.model)
+        caught.update({name: p.grad.numpy().copy() for name, p in model.named_parameters()})
+
+    step, trainer.optimizer.step = trainer.optimizer.step, catch
+    trainer.model.train()
+    train_step(trainer, 1, Totals())
+    trainer.optimizer.step = step
+    return caught
+
+
+def run_case(config: RunConfig, runtime: Runtime) -> dict[str, np.ndarray]:
+    """Train STEPS steps; return gradient, weights, this rank's rows, rates and losses."""
+    trainer = build(config, runtime)
+    result = {f"gradient/{name}": value for name, value in first_gradient(trainer).items()}
+    rows = np.zeros((STEPS, len(trainer.train)))
+    for step in range(STEPS):
+        for batch in micro_batches(trainer, trainer.stream.slots(step)):
+            np.add.at(rows[step], batch.rows, 1)
+    result["rows"] = runtime.sum_tensor(torch.from_numpy(rows)).numpy()
+    rates: list[float] = []
+    losses: list[float] = []
+
+    def log(_: int, values: dict) -> None:
+        rates.append(values["train/lr"])
+        losses.append(values["train/loss"])
+
+    train(trainer, Hooks(lambda _: None, log, lambda _: None))
+    result |= {"rates": np.array(rates), "losses": np.array(losses)}
+    model = runtime.unwrap(trainer.model)
+    return result | {f"weight/{n}": p.detach().numpy() for n, p in model.named_parameters()}
+
+
+def count_evaluations(config: RunConfig, runtime: Runtime) -> dict[int, int]:
+    """Evaluate splits of awkward sizes; `evaluate` itself refuses rows seen twice or never."""
+    trainer = build(config, runtime)
+    found = {}
+    for size in EVALUATION_SIZES:
+        split = trainer.train
+        rows = np.arange(size)
+        part_ = type(split)(
+            split.tokens, split.offsets[: size + 1], split.labels[rows], split.row_ids[rows]
+        )
+        for padded in (False, True):
+            result = evaluate(
+                runtime, runtime.unwrap(trainer.model), part_, max_tokens=64, padded=padded
+            )
+            found[size] = result.counts.n
+            assert len(result.scores) == size
+    return found
+
+
+def poison(config: RunConfig, runtime: Runtime) -> dict[str, object]:
+    """Make the loss NaN on the last rank only, at steps 1 and 2, then at all; see what all ranks do."""
+    trainer = build(config, runtime)
+    model = runtime.unwrap(trainer.model)
+    steps_poisoned, calls = {1, 2}, {"step": 0}
+    backward = runtime.backward
+
+    def poisoned(loss: torch.Tensor, rows: int) -> None:
+        bad = runtime.rank == runtime.world_size - 1 and calls["step"] in steps_poisoned
+        backward(loss * float("nan") if bad else loss, rows)
+
+    runtime.backward = poisoned  # type: ignore[method-assign]
+    totals = Totals()
+    trainer.model.train()
+    for step in range(4):
+        calls["step"] = step
+        train_step(trainer, step, totals)
+    finite = all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    steps_poisoned.add(0)
+    calls["step"] = 0
+    try:
+        train(trainer, Hooks(lambda _: None, lambda *_: None, lambda _: None))
+        diverged = False
+    except DivergedError:
+        diverged = True
+    runtime.backward = backward  # type: ignore[method-assign]
+    checksum = float(sum(p.detach().double().abs().sum() for p in model.parameters()))
+    same = runtime.sum([checksum])[0] / runtime.world_size
+    return {
+        "skipped": totals.skipped,
+        "finite": finite and all(bool(torch.isfinite(p).all()) for p in model.parameters()),
+        "diverged": diverged,
+        "replicas_equal": abs(same - checksum) < 1e-9,
+    }
+
+
+def main() -> None:
+    """Run all cases; the main process writes the results."""
+    folder, world_size, flags = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    flags += ["--precision=fp32", f"--max_steps={STEPS}", "--log_every=1", "--warmup_ratio=0.3"]
+    runtime = Runtime("fp32", 1)
+    assert runtime.world_size == world_size, f"{runtime.world_size} ranks, {world_size} expected"
+    for name, extra in CASES.items():
+        result = run_case(parse(flags + extra), runtime)
+        if runtime.is_main:
+            np.savez(folder / f"{name}-{world_size}.npz", **result)
+    report = {
+        "evaluated": count_evaluations(parse(flags), runtime),
+        "poison": poison(parse([*flags, "--max_skipped=3"]), runtime),
+    }
+    if runtime.is_main:
+        (folder / f"report-{world_size}.json").write_text(json.dumps(report))
+    runtime.end()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Texts -> token ids, truncated and written to the token cache's splits."""
+
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from toolkit.data.cache import SPLITS, SplitWriter
+from toolkit.errors import DataError
+
+HISTOGRAM_EDGES = (0, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Load a fast tokenizer, with its own padding and truncation off.
+
+    Raises:
+        DataError: when the folder has none.
+    """
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise DataError(
+            [
+                f"{folder} has no tokenizer.json; make one with "
+                f"`AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})`"
+            ]
+        )
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+@dataclass
+class Chunk:
+    """Some rows on their way to the cache."""
+
+    texts: list[str]
+    row_ids: list[int]
+    targets: list[int]
+
+
+class TokenWriter:
+    """Writes tokenised chunks to the three splits and counts lengths."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, max_length: int) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32)
+        self.writers = [SplitWriter(folder, name, self.dtype) for name in SPLITS]
+        self.length_counts = np.zeros(len(HISTOGRAM_EDGES), np.int64)
+        self.truncated = self.tokens_cut = self.clipped = 0
+
+    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokenise texts; return their tokens one after the other and the length of each."""
+        encodings = self.tokenizer.encode_batch_fast(texts)
+        ids = [encoding.ids for encoding in encodings]
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        return np.fromiter(chain.from_iterable(ids), self.dtype, int(lengths.sum())), lengths
+
+    def write(
+        self, chunk: Chunk, encoded: tuple[np.ndarray, np.ndarray], labels: np.ndarray
+    ) -> None:
+        """Truncate and append the rows of a chunk, each to its split."""
+        tokens, lengths = self._truncate(*encoded)
+        row_ids, targets = np.array(chunk.row_ids), np.array(chunk.targets)
+        for number, writer in enumerate(self.writers):
+            mine = targets == number
+            if mine.any():
+                mine_tokens = tokens[np.repeat(mine, lengths)]
+                writer.append(mine_tokens, lengths[mine], labels[row_ids[mine]], row_ids[mine])
+
+    def _truncate(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Cut rows to `max_length`, keeping the closing [SEP]."""
+        self.length_counts += np.bincount(
+            np.digitize(lengths, HISTOGRAM_EDGES) - 1, minlength=len(HISTOGRAM_EDGES)
+        )
+        kept = np.minimum(lengths, self.max_length)
+        self.truncated += int((lengths > self.max_length).sum())
+        self.tokens_cut += int((lengths - kept).sum())
+        ends = np.cumsum(lengths)
+        place = np.arange(len(tokens)) - np.repeat(ends - lengths, lengths)
+        tokens = tokens.copy()
+        tokens[ends - lengths + kept - 1] = tokens[ends - 1]
+        return tokens[place < np.repeat(kept, lengths)], kept
+
+    def close(self) -> dict[str, Any]:
+        """Close the files and return what `meta.json` says of the tokens."""
+        splits = {name: writer.close() for name, writer in zip(SPLITS, self.writers, strict=True)}
+        return {
+            "splits": splits,
+            "token_dtype": self.dtype.name,
+            "length_edges": HISTOGRAM_EDGES,
+            "length_counts": self.length_counts.tolist(),
+            "truncated_rows": self.truncated,
+            "truncated_tokens": self.tokens_cut,
+            "clipped_texts": self.clipped,
+        }
