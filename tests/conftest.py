@@ -2,8 +2,10 @@
 
 import csv
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -108,7 +110,12 @@ def run_python(*arguments: str | Path, **environment: str) -> subprocess.Complet
     """Run this interpreter and capture what it prints."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | environment, cwd="/"
+        command,
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        cwd="/",
+        timeout=240,
     )
 
 
@@ -120,3 +127,10 @@ def launch(
     command = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", config]
     command += ["--num_processes", str(processes), "--num_cpu_threads_per_process", "1", script]
     return run_python(*command, *arguments, ACCELERATE_USE_CPU="true")
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """A server on the loopback interface that accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"

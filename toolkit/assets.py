@@ -8,6 +8,7 @@ the hub, at a commit.
 
 import hashlib
 import io
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,9 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from toolkit.console import say
@@ -146,16 +149,16 @@ def hub_folder(repository: str, kind: str, revision: str, patterns: list[str], h
     Raises:
         DataError: when it is neither cached nor to be had.
     """
-    import huggingface_hub
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
+    get = partial(snapshot_download, repository, repo_type=kind, revision=revision)
     try:
-        folder = huggingface_hub.snapshot_download(
-            repository,
-            repo_type=kind,
-            revision=revision,
-            allow_patterns=patterns,
-            etag_timeout=PROBE_SECONDS,
-        )
+        if re.fullmatch("[0-9a-f]{40}", revision):  # a commit never changes: the cache is as good
+            with suppress(LocalEntryNotFoundError):
+                return Path(get(allow_patterns=patterns, local_files_only=True))
+        offline = not _hub_answers(repository, kind)
+        return Path(get(allow_patterns=patterns, local_files_only=offline))
     except Exception as error:  # some ten types, from sockets to missing repositories; all end here
         reason = " ".join(str(error).split())[:300]
         raise DataError(
@@ -166,4 +169,20 @@ def hub_folder(repository: str, kind: str, revision: str, patterns: list[str], h
                 "    or set HF_HOME to a cache that holds it"
             ]
         ) from error
-    return Path(folder)
+
+
+def _hub_answers(repository: str, kind: str) -> bool:
+    """Ask the hub once; any answer counts, also a refusal, which the download then reports.
+
+    `snapshot_download` (huggingface_hub 2.4) waits for ever on a server that does not answer.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().repo_info(repository, repo_type=kind, timeout=PROBE_SECONDS)
+    except HfHubHTTPError:
+        return True
+    except Exception:  # the HTTP library's own errors, whose package changes between releases
+        return False
+    return True

@@ -180,6 +180,9 @@ class RunConfig:
 FIELDS = {f.name: f for f in dataclasses.fields(RunConfig)}
 
 
+PYTHON_TO_YAML = {"None": "null", "True": "true", "False": "false", "inf": ".inf"}
+
+
 class Item(NamedTuple):
     """One setting as the user wrote it."""
 
@@ -257,8 +260,8 @@ def _is_switch(key: str) -> bool:
 
 def _yaml_value(value: str) -> str:
     """Turn what Python prints (`None`, `True`, `{'a': None}`) into what YAML reads."""
-    if value == "None":
-        return "null"
+    if value in PYTHON_TO_YAML:
+        return PYTHON_TO_YAML[value]
     if value[:1] in ("{", "["):
         try:
             return json.dumps(ast.literal_eval(value))

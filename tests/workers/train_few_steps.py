@@ -1,4 +1,4 @@
-"""Run under `accelerate launch` by test_distributed.py: train a few steps in many ways, save what came out.
+"""Run under `accelerate launch` by test_distributed.py: train in many ways, save what came out.
 
     train_few_steps.py OUT_FOLDER EXPECTED_WORLD_SIZE FLAG...
 
@@ -93,9 +93,12 @@ def count_evaluations(config: RunConfig, runtime: Runtime) -> dict[int, int]:
     for size in EVALUATION_SIZES:
         split = trainer.train
         rows = np.arange(size)
-        part_ = type(split)(
-            split.tokens, split.offsets[: size + 1], split.labels[rows], split.row_ids[rows]
+        offsets, labels, row_ids = (
+            split.offsets[: size + 1],
+            split.labels[rows],
+            split.row_ids[rows],
         )
+        part_ = type(split)(split.tokens, offsets, labels, row_ids)
         for padded in (False, True):
             result = evaluate(
                 runtime, runtime.unwrap(trainer.model), part_, max_tokens=64, padded=padded

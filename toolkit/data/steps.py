@@ -124,7 +124,8 @@ def _deal_padded(lengths: np.ndarray, world_size: int, micro_batches: int) -> De
 
 def _equal_runs(falling: np.ndarray, count: int) -> list[tuple[int, int]]:
     """Cut falling lengths into `count` runs, some perhaps empty, with the smallest largest cost."""
-    low, high = int(falling[0]) if len(falling) else 0, int(falling.sum()) + 1
+    longest = int(falling[0])
+    low, high = longest, longest * len(falling)
     while low < high:  # the smallest budget that `count` runs can keep
         budget = (low + high) // 2
         if len(runs_within(falling, budget, padded=True)) <= count:

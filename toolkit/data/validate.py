@@ -68,13 +68,19 @@ def check(source: Source, bad_rows: str) -> dict[str, CheckedSplit]:
         DataError: listing all problems of all splits.
     """
     scans = {name: _scan(split) for name, split in source.splits.items()}
-    values = source.label_values or _recognise(
-        [kind for scan in scans.values() for kind in scan.label_kinds]
-    )
+    kinds = sorted({kind for scan in scans.values() for kind in scan.label_kinds} - {""})
+    values = source.label_values or _usual_pair(kinds)
     checked = {name: _apply_labels(scan, values) for name, scan in scans.items()}
-    problems = [text for split in checked.values() for text in _row_problems(split)]
-    if problems and bad_rows == "error":
-        raise DataError([*problems, "to go on without these rows: --bad_rows quarantine"])
+    problems = [] if bad_rows == "quarantine" else _all_row_problems(checked)
+    if values is None:
+        problems.append(
+            f"cannot tell which two labels are meant, the rows have {kinds[:10]}; name them, the "
+            "negative one first: --label_names '[NEGATIVE, POSITIVE]' (a wrong --label_column looks "
+            "like this too)"
+        )
+    if problems:
+        raise DataError(problems)
+    assert values is not None
     missing = [text for split in checked.values() for text in _missing_classes(split, values)]
     if missing:
         raise DataError(missing)
@@ -86,7 +92,7 @@ def _scan(split: Split) -> Scan:
     label_codes: dict[str, int] = {}
     problem_codes: dict[str, int] = {"": 0}
     for row in split.read():
-        labels.append(_code(label_codes, canonical(row.label)))
+        labels.append(0 if row.problem else _code(label_codes, canonical(row.label)))
         problems.append(_code(problem_codes, row.problem) if row.problem else 0)
         groups.append(row.group)
     if not labels:
@@ -94,7 +100,7 @@ def _scan(split: Split) -> Scan:
     return Scan(
         split,
         np.frombuffer(labels, np.uint8),
-        list(label_codes),
+        list(label_codes) or [""],
         np.frombuffer(problems, np.uint8),
         list(problem_codes),
         np.frombuffer(groups, np.int64),
@@ -107,30 +113,21 @@ def _code(codes: dict[str, int], kind: str) -> int:
     return codes.setdefault(kind, len(codes))
 
 
-def _recognise(kinds: list[str]) -> tuple[str, str]:
-    """Find the usual pair of label values that occurs in the rows."""
+def _usual_pair(kinds: list[str]) -> tuple[str, str] | None:
+    """Find the usual pair of label values that occurs in the rows; None if there is not just one."""
     found = [pair for pair in USUAL_PAIRS if pair[0] in kinds and pair[1] in kinds]
-    # 0, 1 and 2 together hold two pairs: then it takes the user to say
-    if len(found) == 1:
-        return found[0]
-    shown = sorted(set(kinds))[:10]
-    raise DataError(
-        [
-            f"cannot tell which two labels are meant, the rows have {shown}; name them, the negative one "
-            "first: --label_names '[NEGATIVE, POSITIVE]' (a wrong --label_column looks like this too)"
-        ]
-    )
+    return found[0] if len(found) == 1 else None  # 0, 1 and 2 together hold two pairs
 
 
-def _apply_labels(scan: Scan, values: tuple[str, str]) -> CheckedSplit:
-    """Turn label codes into classes, and unknown labels into problems."""
+def _apply_labels(scan: Scan, values: tuple[str, str] | None) -> CheckedSplit:
+    """Turn label codes into classes, and unknown labels into problems, if the classes are known."""
     kinds = list(scan.problem_kinds)
     class_of_code = np.zeros(len(scan.label_kinds), np.uint8)
     problem_of_code = np.zeros(len(scan.label_kinds), np.uint16)
     for code, kind in enumerate(scan.label_kinds):
-        if kind in values:
+        if values and kind in values:
             class_of_code[code] = values.index(kind)
-        else:
+        elif values:
             problem_of_code[code] = len(kinds)
             kinds.append(f"label {kind[:40]!r}, which is neither {values[0]!r} nor {values[1]!r}")
     problems = scan.problem_codes.astype(np.uint16)
@@ -138,6 +135,13 @@ def _apply_labels(scan: Scan, values: tuple[str, str]) -> CheckedSplit:
     return CheckedSplit(
         scan.split, class_of_code[scan.label_codes], problems == 0, scan.groups, problems, kinds
     )
+
+
+def _all_row_problems(checked: dict[str, CheckedSplit]) -> list[str]:
+    problems = [text for split in checked.values() for text in _row_problems(split)]
+    if problems:
+        problems.append("to go on without these rows: --bad_rows quarantine")
+    return problems
 
 
 def _row_problems(split: CheckedSplit) -> list[str]:

@@ -1,0 +1,168 @@
+"""Configuration: precedence, agent argument forms, all problems at once, and speed."""
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, run_python
+
+from toolkit.config import FIELDS, RunConfig, build_parser, head_names, parse
+from toolkit.errors import ConfigError
+
+
+def problems(*argv: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse(list(argv))
+    return caught.value.problems
+
+
+def test_defaults_then_files_then_flags(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("lr: 1e-5\nepochs: 2\nhead: v1\n")
+    second.write_text("lr: 3e-5\n")
+    config = parse(["--head", "v3", "--config", str(first), f"--config={second}"])
+    assert (config.lr, config.epochs, config.head) == (3e-5, 2.0, "v3")
+    assert config.batch_size == RunConfig().batch_size
+
+
+@pytest.mark.parametrize(
+    ("argument", "name", "value"),
+    [
+        ("--overwrite=True", "overwrite", True),
+        ("--overwrite=False", "overwrite", False),
+        ("--overwrite=true", "overwrite", True),
+        ("--overwrite", "overwrite", True),
+        ("--max_steps=None", "max_steps", None),
+        ("--lr=2e-05", "lr", 2e-5),
+        ("--batch-size=32", "batch_size", 32),
+        ("--epochs=5", "epochs", 5.0),
+        ("--head=v1", "head", "v1"),
+        ("--label_names=['bad', 'good']", "label_names", ["bad", "good"]),
+        ("--label_names=[bad, good]", "label_names", ["bad", "good"]),
+        ("--max_grad_norm=inf", "max_grad_norm", float("inf")),
+    ],
+)
+def test_every_form_that_a_wandb_agent_emits(argument: str, name: str, value: object) -> None:
+    assert getattr(parse([argument]), name) == value
+
+
+def test_nested_dictionaries_and_the_rerun_argument_of_an_agent() -> None:
+    config = parse(["--wandb={'project': 'p', 'entity': None}", "--_wandb={'x': {'y': 1}}"])
+    assert (config.wandb.project, config.wandb.entity) == ("p", None)
+    assert parse(["--wandb.project=q"]).wandb.project == "q"
+
+
+def test_all_problems_at_once_with_names_and_ranges(tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text("batch_sise: 4\nepochs: -1\n")
+    found = problems(
+        "--lr=fast", "--hed=v1", f"--config={file}", "--grad_accum=0", "--precision=fp8", "stray",
+        "--config=absent.yaml", "--batch_size=2.5", "--lr",
+    )  # fmt: skip
+    text = "\n".join(found)
+    assert len(found) == 10
+    for part in (
+        "lr got 'fast', allowed is float in (0, 1]",
+        "hed is unknown; did you mean head?",
+        "batch_sise is unknown; did you mean batch_size?",
+        "epochs got -1, allowed is float in (0, inf)",
+        "grad_accum got '0', allowed is int in [1, inf)",
+        "precision got 'fp8', allowed is one of bf16, fp32",
+        "stray: is not a flag",
+        "absent.yaml: cannot be read",
+        "batch_size got '2.5'",
+        "--lr: has no value",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "names"),
+    [
+        (["--head=v9"], ("head", "v1, v2, v3")),
+        (["--head=v1", "--head_width=8"], ("head_width", "v1")),
+        (["--head=v2", "--head_depth=4"], ("head_depth", "v2")),
+        (["--max_tokens=512", "--grad_accum=2"], ("max_tokens", "grad_accum")),
+        (["--max_tokens=64"], ("max_tokens", "max_length")),
+        (["--eval_tokens=64"], ("eval_tokens", "max_length")),
+        (["--label_names=[a]"], ("label_names", "two different names")),
+        (["--run_id=../x"], ("run_id", "letters")),
+    ],
+)
+def test_conflicts_name_both_sides(argv: list[str], names: tuple[str, ...]) -> None:
+    [problem] = problems(*argv)
+    assert all(name in problem for name in names)
+
+
+def test_every_field_refuses_nonsense() -> None:
+    checked = 0
+    for name, field in FIELDS.items():
+        if field.type is str or name in ("encoder_revision", "dataset_path", "dataset_revision"):
+            continue  # any text is a valid text; other checks come with their meaning
+        if name in ("cache_dir", "run_id"):
+            continue
+        assert name in problems(f"--{name}={{'no': 'sense'}}")[0], name
+        checked += 1
+    assert checked >= 35
+
+
+def test_the_written_config_gives_the_same_config(tmp_path: Path) -> None:
+    config = parse(["--lr=3e-5", "--max_grad_norm=inf", "--wandb.tags=[a, b]", "--seed=7"])
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml())
+    assert parse([f"--config={file}"]) == config
+    assert yaml.safe_load(file.read_text())["seed"] == 7
+
+
+def test_run_id_is_what_defines_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = parse([])
+    assert base.run_id == parse(["--output_dir=elsewhere", "--log_every=3", "--track=none"]).run_id
+    others = {parse([flag]).run_id for flag in ("--seed=1", "--lr=1e-5", "--head=v1", "--epochs=2")}
+    assert len(others | {base.run_id}) == 5
+    monkeypatch.setenv("WANDB_RUN_ID", "abc123")
+    assert parse([]).run_id == base.run_id  # inherited from somewhere, but no sweep
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    assert parse([]).run_id == "abc123"
+
+
+def test_head_names_are_those_of_the_registry() -> None:
+    from toolkit.model.heads import HEADS
+
+    assert head_names() == list(HEADS)
+
+
+def test_help_is_quick_and_explains_every_field() -> None:
+    started = time.perf_counter()
+    done = run_python("-c", "import sys; from toolkit.train import main; main(['--help'])")
+    seconds = time.perf_counter() - started
+    assert done.returncode == 0
+    words = " ".join(done.stdout.split())
+    for name, field in FIELDS.items():
+        assert f"--{name}" in words
+        assert (field.metadata.get("allowed") or "") in words
+    help_texts = [action.help for action in build_parser()._actions if action.dest in FIELDS]
+    assert len(help_texts) >= len(FIELDS) - 1
+    assert all(len(text) > 4 for text in help_texts)
+    assert seconds < 5, "far above the goal of 1 s, which the README's figures report"
+
+
+def test_bad_configuration_is_refused_before_torch_is_imported() -> None:
+    code = """
+import sys
+from toolkit.train import main
+code = main(["--lr=-1"])
+assert not {"torch", "transformers", "datasets", "wandb"} & set(sys.modules), "imported"
+sys.exit(code)
+"""
+    done = run_python("-c", code)
+    assert done.returncode == 2, done.stderr
+    assert "lr got '-1'" in done.stderr
+
+
+def test_print_config_is_yaml() -> None:
+    done = run_python(ROOT / "toolkit" / "train.py", "--lr=1e-3", "--print_config")
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["lr"] == 1e-3
+    assert sys.version_info >= (3, 11)

@@ -1,0 +1,298 @@
+"""Local files and hub folders: every format, every complaint, and the counts add up."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import reviews, run_python
+
+from toolkit.data.prepare import DataSpec, prepare
+from toolkit.data.sources import SourceSpec, open_source
+from toolkit.data.validate import check
+from toolkit.errors import DataError
+
+
+def write(path: Path, text: str, encoding: str = "utf-8") -> Path:
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def usable(path: Path, **choices: object) -> list[tuple[str, int]]:
+    """Read a source and return (text, class) of its usable rows."""
+    bad_rows = str(choices.pop("bad_rows", "error"))
+    source = open_source(SourceSpec(str(path), **choices), path)  # type: ignore[arg-type]
+    split = check(source, bad_rows)["train"]
+    return [
+        (row.text, int(split.labels[number]))
+        for number, row in enumerate(split.split.read())
+        if split.usable[number]
+    ]
+
+
+def complaints(path: Path, **choices: object) -> str:
+    with pytest.raises(DataError) as caught:
+        usable(path, **choices)
+    return str(caught.value)
+
+
+ROWS = [("Good, really", "pos"), ('He said "no"\nand left', "neg"), ("", "pos"), ("🙂 é\0", "neg")]
+
+
+def csv_text(rows: list[tuple[str, str]], delimiter: str = ",") -> str:
+    quoted = [delimiter.join('"' + cell.replace('"', '""') + '"' for cell in row) for row in rows]
+    return "\n".join([delimiter.join(("text", "label")), *quoted]) + "\n"
+
+
+def write_rows(folder: Path, suffix: str) -> Path:
+    path = folder / f"rows{suffix}"
+    if suffix == ".jsonl":
+        return write(path, "\n".join(json.dumps({"text": t, "label": y}) for t, y in ROWS))
+    if suffix == ".parquet":
+        texts, labels = zip(*ROWS, strict=True)
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts, "label": labels}), path)
+        return path
+    return write(path, csv_text(ROWS, "\t" if suffix == ".tsv" else ","))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
+    expected = [(text, int(label == "pos")) for text, label in ROWS]
+    assert usable(write_rows(tmp_path, suffix)) == expected
+
+
+@pytest.mark.parametrize(
+    ("encoding", "flag"),
+    [
+        ("utf-8", "utf-8"),
+        ("utf-8-sig", "utf-8"),
+        ("latin-1", "latin-1"),
+        ("utf-16", "utf-16"),
+        ("cp1252", "cp1252"),
+    ],
+)
+def test_encodings(tmp_path: Path, encoding: str, flag: str) -> None:
+    path = write(tmp_path / "x.csv", "text,label\ncafé très bon,1\nmauvais,0\n", encoding)
+    assert usable(path, encoding=flag) == [("café très bon", 1), ("mauvais", 0)]
+
+
+def test_wrong_encoding_is_named_by_row(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.csv", "text,label\ngood,1\ncafé,1\nbad,0\n", "latin-1")
+    assert "1 row with text in another encoding (see --encoding): 2" in complaints(path)
+    path = write(tmp_path / "y.csv", "text,label\ngood,1\n", "utf-16")
+    assert "--encoding utf-16" in complaints(path)
+    path = write(tmp_path / "z.csv", "text,label\ngood,1\n")
+    assert "cannot be read" in complaints(path, encoding="no-such-encoding")
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (("1", "2"), (0, 1)),
+        (("0", "1"), (0, 1)),
+        (("Negative", "Positive"), (0, 1)),
+        (("False", "True"), (0, 1)),
+        (("-1", "1"), (0, 1)),
+    ],
+)
+def test_usual_label_pairs_need_no_flag(
+    tmp_path: Path, values: tuple[str, str], expected: tuple[int, int]
+) -> None:
+    path = write(tmp_path / "x.csv", f"text,label\na,{values[1]}\nb,{values[0]}\n")
+    assert usable(path) == [("a", expected[1]), ("b", expected[0])]
+
+
+def test_other_label_names_and_columns(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.csv", "title,body,verdict\nT,nice,thumbs up\n,bah,Thumbs Down\n")
+    assert "--label_names" in complaints(path, text_column="title,body", label_column="verdict")
+    rows = usable(
+        path,
+        text_column="title,body",
+        label_column="verdict",
+        label_names=["thumbs down", "thumbs up"],
+    )
+    assert rows == [("T\nnice", 1), ("bah", 0)]
+
+
+def test_typed_parquet_labels(tmp_path: Path) -> None:
+    for labels in ([1, 0], [1.0, 0.0], [True, False]):
+        table = pyarrow.table({"text": ["a", "b"], "label": labels})
+        pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+        assert usable(tmp_path / "x.parquet") == [("a", 1), ("b", 0)]
+
+
+def test_all_problems_in_one_error_with_at_most_20_rows(tmp_path: Path) -> None:
+    lines = ['{"text": "fine", "label": "pos"}', '{"text": "fine", "label": "neg"}']
+    lines += ['{"text": null, "label": "pos"}', '{"text": 5, "label": "pos"}', "not json", "[1]"]
+    lines += ['{"text": "x", "label": "postive"}'] * 30
+    lines += ['{"text": "\\ud800", "label": "pos"}']
+    text = complaints(write(tmp_path / "x.jsonl", "\n".join(lines)))
+    for part in (
+        "1 row with null text: 3",
+        "1 row with text that is not a string: 4",
+        "2 rows with not a JSON object: 5, 6",
+        "30 rows with label 'postive', which is neither 'neg' nor 'pos'",
+        "26 and 10 more",
+        "text in another encoding (see --encoding): 37",
+        "--bad_rows quarantine",
+    ):
+        assert part in text, text
+
+
+def test_broken_csv(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.csv", "text,label\ngood,1\na,b,c,1\nshort\nbad,0\n")
+    text = complaints(path)
+    assert "1 row with 4 fields where the header has 2: 2" in text
+    assert "1 row with 1 fields where the header has 2: 3" in text
+    unclosed = write(tmp_path / "y.csv", 'text,label\ngood,1\n"never closed,0\nbad,0\n')
+    assert "broken quoting" in complaints(unclosed)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("x.csv", "", "the file is empty"),
+        ("x.csv", "text,label\n", "has no rows"),
+        ("x.jsonl", "\n", "has no rows"),
+        ("x.csv", "txt,label\na,1\n", "has no column 'text', it has ['txt', 'label']"),
+        ("x.csv", "text,label\na,1\nb,1\n", "--label_names"),
+        ("x.xlsx", "PK", "format is not one of"),
+        ("x.parquet", "no parquet", "cannot be read as parquet"),
+    ],
+)
+def test_unusable_files(tmp_path: Path, name: str, content: str, expected: str) -> None:
+    assert expected in complaints(write(tmp_path / name, content))
+
+
+def test_a_class_that_is_missing(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.csv", "text,label\na,no\nb,no\n")
+    text = complaints(path, label_names=["no", "yes"])
+    assert "no usable row has the label 'yes'" in text
+
+
+def test_missing_paths_and_names() -> None:
+    with pytest.raises(DataError, match="did you mean snippets"):
+        open_source(SourceSpec("snipets"), Path())
+    with pytest.raises(DataError, match="neither a known name nor a path"):
+        open_source(SourceSpec("/no/such/file.csv"), Path())
+
+
+def test_folder_without_train(tmp_path: Path) -> None:
+    write(tmp_path / "test.csv", "text,label\na,1\n")
+    with pytest.raises(DataError, match="found no train file"):
+        open_source(SourceSpec(str(tmp_path)), tmp_path)
+
+
+def test_quarantine_adds_up(tmp_path: Path, tiny_encoder: Path) -> None:
+    good = [f"{text},{label}" for text, label in reviews(60)]
+    bad = ["x,maybe", "one,two,three", "y,perhaps"]
+    lines = ["text,label", *good[:20], bad[0], *good[20:40], *bad[1:], *good[40:]]
+    path = write(tmp_path / "x.csv", "\n".join(lines))
+    spec = DataSpec(str(path), bad_rows="quarantine")
+    cache = prepare(spec, tiny_encoder, tmp_path / "cache")
+    kept = sum(len(split) for split in cache.splits.values())
+    aside = [
+        json.loads(line) for line in (cache.folder / "quarantine.jsonl").read_text().splitlines()
+    ]
+    assert cache.meta["source_rows"] == {"train": 63}
+    assert cache.meta["quarantined"] == {"train": 3}
+    assert kept == 60
+    assert [record["row"] for record in aside] == [21, 42, 43]
+    assert aside[0]["text"] == "x"
+    assert aside[0]["problem"].startswith("label 'maybe'")
+
+
+def test_hub_layout_from_a_local_folder(
+    tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files named and shaped as in the repository, through the loading code of the hub path."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    folder = tmp_path / "copy"
+    (folder / "amazon_polarity").mkdir(parents=True)
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: amazon_polarity\n  data_files:\n"
+        "  - split: train\n    path: amazon_polarity/train-*\n"
+        "  - split: test\n    path: amazon_polarity/test-*\n---\n"
+    )
+    rows = [
+        (int(label == "pos"), f"Title {n}", text) for n, (text, label) in enumerate(reviews(90))
+    ]
+    shards = {
+        "train-00000-of-00002": rows[:40],
+        "train-00001-of-00002": rows[40:70],
+        "test-00000-of-00001": rows[70:],
+    }
+    for name, part in shards.items():
+        columns = dict(
+            zip(("label", "title", "content"), map(list, zip(*part, strict=True)), strict=True)
+        )
+        schema = pyarrow.schema(
+            [("label", pyarrow.int64()), ("title", pyarrow.string()), ("content", pyarrow.string())]
+        )
+        pyarrow.parquet.write_table(
+            pyarrow.table(columns, schema), folder / "amazon_polarity" / f"{name}.parquet"
+        )
+    spec = DataSpec("amazon_polarity", dataset_path=str(folder), train_rows=20, test_rows=5)
+    cache = prepare(spec, tiny_encoder, tmp_path / "cache")
+    assert {name: len(split) for name, split in cache.splits.items()} == {
+        "train": 20,
+        "validation": 2,
+        "test": 5,
+    }
+    assert cache.splits["train"].labels.sum() == 10
+    assert cache.label_names == ("negative", "positive")
+    source = open_source(spec, tmp_path)
+    first = next(iter(source.splits["test"].read()))
+    assert first.text == f"Title 70\n{rows[70][2]}"
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "silent"])
+def test_amazon_polarity_without_network_or_cache(
+    tmp_path: Path, endpoint: str, silent_server: str
+) -> None:
+    """A refused connection, and a server that never answers: one clear error within 30 s."""
+    url = silent_server if endpoint == "silent" else endpoint
+    code = "import sys; from toolkit.prepare import main; sys.exit(main(sys.argv[1:]))"
+    started = time.monotonic()
+    done = run_python(
+        "-c", code, "--dataset=amazon_polarity", f"--cache_dir={tmp_path}", f"--encoder={tmp_path}",
+        HF_ENDPOINT=url, HF_HOME=str(tmp_path / "hf"),
+    )  # fmt: skip
+    assert time.monotonic() - started < 30
+    assert done.returncode == 3, done.stderr
+    for part in ("fancyzhx/amazon_polarity", "--dataset snippets", "HF_HOME", "--dataset PATH"):
+        assert part in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_50_mb_text_is_cut_and_counted(tmp_path: Path, tiny_encoder: Path) -> None:
+    rows = reviews(40)
+    rows[3] = ("great " * 8_500_000, "pos")
+    rows[4] = ("x" * 50_000_000, "neg")
+    path = write(tmp_path / "x.csv", csv_text(rows))
+    code = """
+import resource, sys
+from pathlib import Path
+from toolkit.data.prepare import DataSpec, prepare
+cache = prepare(DataSpec(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
+print(cache.meta["clipped_texts"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+    done = run_python("-c", code, path, tiny_encoder, tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    clipped, peak_mib = map(int, done.stdout.split()[-2:])
+    assert clipped == 2
+    assert peak_mib < 1500
+
+
+def test_awkward_texts_do_not_crash(tmp_path: Path, tiny_encoder: Path) -> None:
+    texts = ["", " ", "\0\0", "🙂" * 50, "שלום عليكم", "a\u0301\u200d", "\ufeffgreat", "\r\n", "�"]
+    rows = [(text, ("neg", "pos")[number % 2]) for number, text in enumerate(texts * 4)]
+    path = tmp_path / "x.jsonl"
+    write(path, "\n".join(json.dumps({"text": text, "label": label}) for text, label in rows))
+    cache = prepare(DataSpec(str(path)), tiny_encoder, tmp_path / "cache")
+    assert sum(len(split) for split in cache.splits.values()) == len(rows)
+    lengths = np.concatenate([s.lengths(np.arange(len(s))) for s in cache.splits.values()])
+    assert lengths.min() == 2  # [CLS] [SEP]
