@@ -26,6 +26,16 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
 
 
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> None:
+    """Accelerate keeps its state in singletons; each test starts without."""
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
 @pytest.fixture(scope="session")
 def shared_cache() -> Path:
     """The user's own cache: the embedded encoder and reviews are fetched once, not for each run."""

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Make the virtual environment .venv in the repository and install the toolkit into it.
+#   launch/install.sh [EXTRA]        EXTRA: dev
+# PYTHON chooses the interpreter (3.11 or newer), VENV another place.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${VENV:-$root/.venv}
+python=${PYTHON:-python3}
+
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "error: $("$python" --version) is too old; Python 3.11 or newer is needed (set PYTHON=...)" >&2
+    exit 2
+}
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+"$venv/bin/python" -m pip install --quiet --constraint "$root/constraints.txt" --editable "$root${1:+[$1]}"

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Install, then train head v2 on real reviews with a real pretrained BERT: the main job.
+#   launch/quickstart.sh [FLAGS OF train.py]
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${VENV:-$root/.venv}
+
+"$root/launch/install.sh"
+device=$("$venv/bin/python" -c 'import torch; print("gpu" if torch.cuda.is_available() else "cpu")')
+exec "$venv/bin/accelerate" launch --config_file "$root/launch/$device.yaml" \
+    "$root/toolkit/train.py" --head v2 "$@"

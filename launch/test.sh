@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Install what development needs, then lint, check types and run the tests.
+#   launch/test.sh [ARGUMENTS OF pytest]
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${VENV:-$root/.venv}
+
+"$root/launch/install.sh" dev
+cd "$root"
+"$venv/bin/ruff" format --check .
+"$venv/bin/ruff" check .
+"$venv/bin/mypy"
+exec "$venv/bin/python" -m pytest "$@"

@@ -1,0 +1,214 @@
+"""Invariant 2: packed = padded = stock BERT, logits and gradients; and the model as a file."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+from transformers import BertForSequenceClassification, BertModel
+
+from toolkit.data.batches import Batch, evaluation_batches, make_batch
+from toolkit.data.prepare import DataSpec, prepare
+from toolkit.data.steps import cost
+from toolkit.engine.runtime import Runtime
+from toolkit.errors import DataError
+from toolkit.model.classifier import ClassifierSpec, HeadClassifier, build_classifier
+from toolkit.model.heads import HEADS, HeadOptions, build_head
+
+NAMES = ("neg", "pos")
+
+
+@pytest.fixture(scope="module")
+def split(tiny_data: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("cache")
+    return prepare(DataSpec(str(tiny_data)), tiny_encoder, folder).splits["train"]
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Runtime:
+    return Runtime("fp32", 1)
+
+
+def logits_and_gradient(
+    model: HeadClassifier, runtime: Runtime, batch: Batch
+) -> tuple[torch.Tensor, torch.Tensor]:
+    model.zero_grad()
+    logits = model(**runtime.inputs(batch)).logits
+    functional.cross_entropy(logits, runtime.labels(batch), reduction="sum").backward()
+    return logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm().detach() / b.norm().detach())
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("training", [False, True])
+def test_packed_equals_padded(
+    head: str, training: bool, split, runtime: Runtime, tiny_encoder: Path
+) -> None:
+    """In training with dropout on: the masks belong to the reviews, not to the layout."""
+    model, _ = build_classifier(ClassifierSpec(head, dropout=0.3), tiny_encoder, NAMES)
+    model.train(training)
+    rows, keys = np.arange(3, 20), np.arange(17, dtype=np.uint64) * np.uint64(977)
+    packed, padded = (
+        logits_and_gradient(model, runtime, make_batch(split, rows, padded=p, slot_keys=keys))
+        for p in (False, True)
+    )
+    assert relative(packed[0], padded[0]) < 1e-5
+    assert relative(packed[1], padded[1]) < 1e-5
+
+
+def test_padded_is_stock_bert(split, runtime: Runtime, tiny_encoder: Path) -> None:
+    """Encoder, pooler and v1 against BertModel and BertForSequenceClassification, gradients too."""
+    model, _ = build_classifier(ClassifierSpec("v1"), tiny_encoder, NAMES)
+    model.eval()
+    stock = BertForSequenceClassification.from_pretrained(tiny_encoder, num_labels=2).eval()
+    stock.classifier.load_state_dict(model.head[1].state_dict())
+    batch = make_batch(split, np.arange(12), padded=True)
+    ours, gradient = logits_and_gradient(model, runtime, batch)
+    mask = torch.from_numpy(batch.attention_mask)
+    theirs = stock(torch.from_numpy(batch.input_ids), attention_mask=mask).logits
+    functional.cross_entropy(theirs, runtime.labels(batch), reduction="sum").backward()
+    assert relative(ours, theirs) < 1e-6
+    their_gradient = torch.cat([p.grad.flatten() for p in stock.parameters()])
+    assert relative(gradient, their_gradient) < 1e-5
+    pooled = BertModel.from_pretrained(tiny_encoder).eval()(
+        torch.from_numpy(batch.input_ids), attention_mask=mask
+    )
+    assert relative(ours, model.head(pooled.pooler_output)) < 1e-6
+
+
+def test_a_review_does_not_see_its_neighbours(split, runtime: Runtime, tiny_encoder: Path) -> None:
+    model, _ = build_classifier(ClassifierSpec(), tiny_encoder, NAMES)
+    model.eval()
+    with torch.no_grad():
+        together = model(**runtime.inputs(make_batch(split, np.arange(9), padded=False))).logits
+        for row in range(9):
+            alone = make_batch(split, np.array([row]), padded=False)
+            torch.testing.assert_close(model(**runtime.inputs(alone)).logits[0], together[row])
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_parameter_gets_a_gradient(
+    head: str, split, runtime: Runtime, tiny_encoder: Path
+) -> None:
+    model, _ = build_classifier(ClassifierSpec(head), tiny_encoder, NAMES)
+    logits_and_gradient(model.eval(), runtime, make_batch(split, np.arange(20), padded=False))
+    assert all(p.grad is not None for p in model.parameters())
+    assert all(p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "key.bias" not in n)
+
+
+def test_an_empty_micro_batch_has_gradient_zero(
+    split, runtime: Runtime, tiny_encoder: Path
+) -> None:
+    model, _ = build_classifier(ClassifierSpec(), tiny_encoder, NAMES)
+    for padded in (False, True):
+        batch = make_batch(split, np.array([], dtype=np.int64), padded=padded)
+        assert (batch.tokens, len(batch.labels)) == (0, 0)
+        model.zero_grad()
+        logits = model(**runtime.inputs(batch)).logits[: len(batch.rows)]
+        functional.cross_entropy(logits, runtime.labels(batch), reduction="sum").backward()
+        assert all((p.grad == 0).all() for p in model.parameters())
+
+
+def test_depth_width_activation_and_dropout_are_configurable() -> None:
+    options = HeadOptions(width=5, depth=4, activation="tanh", dropout=0.2)
+    layers = [type(layer).__name__ for layer in build_head("v3", 7, 2, options)]
+    assert layers == ["Dropout", "Linear", "Tanh"] * 3 + ["Dropout", "Linear"]
+    shapes = [
+        (m.in_features, m.out_features)
+        for m in build_head("v3", 7, 2, options)
+        if hasattr(m, "weight")
+    ]
+    assert shapes == [(7, 5), (5, 5), (5, 5), (5, 2)]
+    depths = {
+        name: sum(hasattr(m, "weight") for m in build_head(name, 7, 2, HeadOptions()))
+        for name in HEADS
+    }
+    assert depths == {"v1": 1, "v2": 2, "v3": 3}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_saved_and_loaded_it_is_the_same_model(
+    head: str, split, runtime: Runtime, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    spec = ClassifierSpec(head, head_width=None if head == "v1" else 9)
+    model, _ = build_classifier(spec, tiny_encoder, NAMES)
+    model.save_pretrained(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    loaded = HeadClassifier.from_pretrained(tmp_path).eval()
+    assert loaded.config.id2label == {0: "neg", 1: "pos"}
+    assert loaded.config.head == head
+    batch = make_batch(split, np.arange(6), padded=True)
+    inputs = {
+        "input_ids": torch.from_numpy(batch.input_ids),
+        "attention_mask": torch.from_numpy(batch.attention_mask),
+    }
+    torch.testing.assert_close(loaded(**inputs).logits, model.eval()(**inputs).logits)
+    assert loaded(**inputs, labels=torch.from_numpy(batch.labels)).loss > 0
+
+
+def test_the_same_seed_gives_the_same_head(tiny_encoder: Path) -> None:
+    first, again, other = (
+        build_classifier(ClassifierSpec("v3", seed=seed), tiny_encoder, NAMES)[0]
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first.head[1].weight, again.head[1].weight)
+    assert not torch.equal(first.head[1].weight, other.head[1].weight)
+    assert first.head[1].weight.std() > 0.1, "Xavier, not BERT's 0.02"
+
+
+def copy_encoder(encoder: Path, folder: Path, change) -> Path:
+    shutil.copytree(encoder, folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file(change(weights), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_missing_pooler_is_reported_loudly(tiny_encoder: Path, tmp_path: Path) -> None:
+    assert build_classifier(ClassifierSpec(), tiny_encoder, NAMES)[1] == []
+    bare = copy_encoder(
+        tiny_encoder, tmp_path / "a", lambda w: {n: t for n, t in w.items() if "pooler" not in n}
+    )
+    [warning] = build_classifier(ClassifierSpec(), bare, NAMES)[1]
+    assert "no trained pooler" in warning
+    torn = copy_encoder(
+        tiny_encoder, tmp_path / "b", lambda w: {n: t for n, t in w.items() if "layer.1" not in n}
+    )
+    with pytest.raises(DataError, match="lacks weights"):
+        build_classifier(ClassifierSpec(), torn, NAMES)
+
+
+def test_other_models_and_pickled_weights_are_refused(tiny_encoder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_encoder, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "roberta"}))
+    with pytest.raises(DataError, match="'roberta'"):
+        build_classifier(ClassifierSpec(), other, NAMES)
+    pickled = tmp_path / "pickled"
+    shutil.copytree(tiny_encoder, pickled)
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    with pytest.raises(DataError, match="safetensors"):
+        build_classifier(ClassifierSpec(), pickled, NAMES)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_evaluation_batches_cover_the_split(split, padded: bool, world_size: int) -> None:
+    ranks = [
+        list(evaluation_batches(split, rank, world_size, max_tokens=100, padded=padded))
+        for rank in range(world_size)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1
+    rows = np.concatenate([batch.rows for batches in ranks for batch in batches])
+    assert sorted(rows) == list(range(len(split)))
+    for batch in (batch for batches in ranks for batch in batches if len(batch.rows)):
+        assert batch.computed_tokens <= 100
+        assert batch.computed_tokens == cost(split.lengths(batch.rows), padded)

@@ -1,0 +1,143 @@
+"""Journal and tracking: whole files, offline W&B, and a mirror that cannot hurt."""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from toolkit.files import publish_folder, write_json
+from toolkit.record.journal import RunFolder
+from toolkit.record.tracking import Tracker, wandb_mode, wandb_settings
+
+OPTIONS = {"project": "p", "entity": None, "group": "g", "tags": ["t"]}
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    with suppress(RuntimeError), publish_folder(tmp_path / "folder") as aside:
+        (aside / "half").write_text("...")
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_reader_never_sees_a_half_written_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Invariant 7: what is visible under the final name is whole at every moment of a write."""
+    path = tmp_path / "status.json"
+    write_json(path, {"status": "running"})
+    seen = []
+    plain = Path.write_text
+
+    def watched(self: Path, text: str, **options: object) -> int:
+        plain(self, text[: len(text) // 2])
+        seen.append(json.loads(path.read_text())["status"])
+        return plain(self, text, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "write_text", watched)
+    write_json(path, {"status": "completed"})
+    assert seen == ["running"]
+    assert json.loads(path.read_text())["status"] == "completed"
+
+
+def test_best_model_is_replaced_in_one_step(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for step in (10, 20):
+        with folder.best_model(step) as aside:
+            (aside / "weights").write_text(str(step))
+            if step == 20:
+                assert (tmp_path / "best" / "weights").read_text() == "10"
+    assert (tmp_path / "best" / "weights").read_text() == "20"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "best-step-000020"]
+
+
+def test_summary_is_there_when_the_status_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = []
+    monkeypatch.setattr(
+        "toolkit.record.journal.write_json", lambda path, _: order.append(path.name)
+    )
+    RunFolder(tmp_path).finish({})
+    assert order == ["summary.json", "status.json"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "mode"),
+    [
+        ({}, "offline"),
+        ({"WANDB_API_KEY": "secret"}, "online"),
+        ({"WANDB_API_KEY": "secret", "WANDB_MODE": "disabled"}, "disabled"),
+        ({"NETRC": "machine api.wandb.ai login user password secret\n"}, "online"),
+        ({"NETRC": "machine elsewhere login user password secret\n"}, "offline"),
+    ],
+)
+def test_online_with_a_key_else_offline(
+    environment: dict[str, str], mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, value in environment.items():
+        if name == "NETRC":
+            (tmp_path / "netrc").write_text(value)
+            (tmp_path / "netrc").chmod(0o600)
+            value = str(tmp_path / "netrc")
+        monkeypatch.setenv(name, value)
+    assert wandb_mode() == mode
+
+
+def test_settings_come_from_our_config_and_wandb_variables_win(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = wandb_settings(OPTIONS, "v2-abc", tmp_path)
+    assert (settings["id"], settings["group"], settings["tags"]) == ("v2-abc", "g", ["t"])
+    monkeypatch.setenv("WANDB_RUN_GROUP", "other")
+    assert wandb_settings(OPTIONS, "v2-abc", tmp_path)["group"] == "other"
+
+
+class Broken:
+    """A backend that fails at the second row."""
+
+    rows: ClassVar[list[dict]] = []
+
+    def log(self, values: dict, step: int | None = None) -> None:
+        if self.rows:
+            raise ConnectionError("gone")
+        self.rows.append(values)
+
+    def finish(self) -> None:
+        raise AssertionError("a tracker that is off is not finished")
+
+
+def test_a_broken_tracker_is_reported_once_and_never_raises(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tracker = Tracker(Broken)
+    for step in (1, 2, 3):
+        tracker.log(step, {"train/loss": 0.5})
+    tracker.finish()
+    assert Broken.rows == [{"train/loss": 0.5, "global_step": 1}]
+    assert capsys.readouterr().err.count("W&B failed and is off") == 1
+    Tracker().log(1, {})
+    Tracker().finish()
+
+
+def test_real_wandb_offline(tmp_path: Path) -> None:
+    """The real client, through Accelerate's tracker, writes an offline run with our id."""
+    from toolkit.engine.runtime import Runtime
+
+    runtime = Runtime("fp32", 1)
+    settings = wandb_settings(OPTIONS, "v2-abc", tmp_path)
+    tracker = Tracker(lambda: runtime.start_wandb("p", settings, {"lr": 0.1}))
+    assert tracker.backend is not None
+    tracker.log(1, {"train/loss": 0.5})
+    tracker.finish()
+    [folder] = (tmp_path / "wandb").glob("offline-run-*")
+    assert folder.name.endswith("v2-abc")
+    assert next(folder.glob("*.wandb")).stat().st_size > 0

@@ -1,0 +1,240 @@
+"""End to end on a tiny real configuration: files, lines, outcomes, and what people do wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import yaml
+from conftest import ROOT, launch, run_python
+from huggingface_hub import ModelCard
+from transformers import AutoTokenizer
+
+from toolkit.config import RunConfig
+from toolkit.train import main
+
+TRAIN = ROOT / "toolkit" / "train.py"
+
+
+def only_run(flags: list[str]) -> Path:
+    runs = Path(next(flag for flag in flags if flag.startswith("--output_dir=")).split("=")[1])
+    [folder] = [path for path in runs.iterdir() if path.is_dir()]
+    return folder
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def lines(folder: Path, kind: str) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == kind]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_from_start_to_end(tiny_flags: list[str], processes: int) -> None:
+    flags = [*tiny_flags, "--epochs=6", "--log_every=5", "--eval_every=10", "--head=v3"]
+    done = launch(processes, TRAIN, *flags)
+    assert done.returncode == 0, done.stderr
+    folder = only_run(flags)
+    names = {path.name for path in folder.iterdir()}
+    best = (folder / "best").readlink()
+    assert names == {
+        "config.yaml", "run.json", "metrics.jsonl", "best", str(best), "predictions.parquet",
+        "summary.json", "status.json",
+    }  # fmt: skip
+    assert read(folder / "status.json")["status"] == "completed"
+    steps = -(-108 * 6 // 16)
+    assert steps == 41
+    assert [row["step"] for row in lines(folder, "train")] == [*range(5, 41, 5), 41]
+    ends_of_epochs = [-(-108 * epoch // 16) for epoch in range(1, 7)]
+    assert [row["step"] for row in lines(folder, "eval")] == sorted(
+        {*ends_of_epochs, 10, 20, 30, 40}
+    )
+    [test] = lines(folder, "test")
+    assert test["test/n"] == 41
+    last = lines(folder, "train")[-1]
+    assert {"train/loss", "train/lr", "train/grad_norm_preclip", "train/reviews_per_s"} < set(last)
+    assert last["train/padding"] == 0
+    facts = read(folder / "run.json")
+    assert facts["world_size"] == processes
+    assert facts["versions"]["torch"]
+    summary = read(folder / "summary.json")
+    assert summary["test"]["accuracy"]["value"] > 0.95, "the reviews are separable"
+    assert summary["config"]["lr"] == 0.003
+    table = pyarrow.parquet.read_table(folder / "predictions.parquet").to_pydict()
+    assert table["row_id"] == list(range(41))
+    right = np.mean((np.array(table["score"]) > 0.5) == (np.array(table["label"]) == 1))
+    assert right == pytest.approx(summary["test"]["accuracy"]["value"])
+    for part in ("accuracy", "95 % interval", "run folder", "confusion"):
+        assert part in done.stdout
+    assert done.stdout.count("95 % interval") == 1, "only the main process prints"
+
+
+@pytest.fixture
+def finished(tiny_flags: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[list[str], Path]:
+    flags = [*tiny_flags, "--epochs=2", "--log_every=1"]
+    assert main(flags) == 0
+    capsys.readouterr()
+    return flags, only_run(flags)
+
+
+def test_the_best_model_loads_like_any_other(finished: tuple[list[str], Path]) -> None:
+    from toolkit.model.classifier import HeadClassifier
+
+    _, folder = finished
+    model = HeadClassifier.from_pretrained(folder / "best").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "best")
+    logits = model(**tokenizer(["it is great"], return_tensors="pt")).logits
+    assert logits.shape == (1, 2)
+    assert model.config.id2label == {0: "negative", 1: "positive"}
+    card = ModelCard.load(folder / "best" / "README.md")
+    assert card.data.eval_results[0].dataset_name.endswith("(validation)")
+
+
+def test_the_written_config_reproduces_the_run(
+    finished: tuple[list[str], Path], tmp_path: Path
+) -> None:
+    _, folder = finished
+    again = tmp_path / "again"
+    assert main([f"--config={folder / 'config.yaml'}", f"--output_dir={again}"]) == 0
+    first, second = lines(folder, "train"), lines(again / folder.name, "train")
+    assert [row["train/loss"] for row in first] == [row["train/loss"] for row in second]
+    weights = [path / "best" / "model.safetensors" for path in (folder, again / folder.name)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert set(yaml.safe_load((folder / "config.yaml").read_text())) == set(
+        RunConfig.__dataclass_fields__
+    )
+
+
+def test_a_second_run_shows_the_first(
+    finished: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags, folder = finished
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert main(flags) == 0
+    assert "This run is complete" in capsys.readouterr().out
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    assert main([*flags, "--overwrite"]) == 0
+    kept = folder.with_name(f"{folder.name}.old-1")
+    assert (kept / "metrics.jsonl").read_bytes() == before
+
+
+def test_dry_run_trains_nothing(tiny_flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*tiny_flags, "--dry_run"]) == 0
+    assert "21 steps of 16 reviews" in capsys.readouterr().out
+    assert not Path(tiny_flags[3].split("=")[1]).exists()
+
+
+def test_bad_data_is_recorded_before_any_model_is_loaded(
+    tiny_flags: list[str], tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.csv"
+    bad.write_text("text,label\nx,maybe\ny,neg\nz,pos\n")
+    code = """
+import sys
+from toolkit.train import main
+code = main(sys.argv[1:])
+assert "torch" not in sys.modules
+sys.exit(code)
+"""
+    done = run_python("-c", code, *tiny_flags, f"--dataset={bad}")
+    assert done.returncode == 3, done.stderr
+    assert "'maybe', which is neither 'neg' nor 'pos': 1" in done.stderr
+    status = read(only_run(tiny_flags) / "status.json")
+    assert status["status"] == "data_error"
+
+
+def test_divergence_is_an_outcome(
+    tiny_flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from toolkit.engine.runtime import Runtime
+
+    with pytest.MonkeyPatch.context() as patch:
+        plain = Runtime.backward
+        patch.setattr(
+            Runtime, "backward", lambda self, loss, rows: plain(self, loss * float("nan"), rows)
+        )
+        code = main([*tiny_flags, "--max_skipped=2"])
+    assert code == 4
+    folder = only_run(tiny_flags)
+    assert read(folder / "status.json")["status"] == "diverged"
+    assert not (folder / "best").exists()
+    assert "not finite" in capsys.readouterr().err
+
+
+def test_a_crash_is_recorded_with_its_message(
+    tiny_flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from toolkit import run as wiring
+
+    def explode(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wiring, "save_model", explode)
+        assert main(tiny_flags) == 1
+    status = read(only_run(tiny_flags) / "status.json")
+    assert status["status"] == "crashed"
+    assert "No space left" in status["message"]
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_starts_again(tiny_flags: list[str]) -> None:
+    flags = [*tiny_flags, "--epochs=400", "--log_every=1"]
+    process = subprocess.Popen([sys.executable, str(TRAIN), *flags], stdout=subprocess.DEVNULL)
+    runs = Path(flags[3].split("=")[1])
+    deadline = time.monotonic() + 60
+    while not list(runs.glob("*/metrics.jsonl")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    folder = only_run(flags)
+    assert read(folder / "status.json")["status"] == "running"
+    again = [*flags, "--max_steps=3", f"--run_id={folder.name}"]
+    assert main(again) == 0
+    assert read(folder / "status.json")["status"] == "completed"
+    assert (runs / f"{folder.name}.old-1" / "metrics.jsonl").exists()
+
+
+def test_two_runs_do_not_share_a_folder(
+    tiny_flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from toolkit.record.journal import RunFolder
+
+    folder = RunFolder(Path(tiny_flags[3].split("=")[1]) / "mine")
+    with folder.claim():
+        assert main([*tiny_flags, "--run_id=mine"]) == 2
+    assert "another process is writing" in capsys.readouterr().err
+
+
+def test_training_needs_no_wandb_without_tracking(tiny_flags: list[str]) -> None:
+    code = """
+import sys
+sys.modules["wandb"] = None
+from toolkit.train import main
+sys.exit(main(sys.argv[1:]))
+"""
+    done = run_python("-c", code, *tiny_flags, "--max_steps=2")
+    assert done.returncode == 0, done.stderr
+    missing = run_python("-c", code, *tiny_flags, "--max_steps=3", "--track=wandb")
+    assert missing.returncode == 0, missing.stderr
+    assert "W&B failed and is off" in missing.stderr
+
+
+def test_bf16_is_close_to_fp32_over_fp32_weights(tiny_flags: list[str]) -> None:
+    losses = {}
+    for precision in ("bf16", "fp32"):
+        flags = [*tiny_flags, f"--precision={precision}", f"--run_id={precision}", "--log_every=1"]
+        assert main(flags) == 0
+        folder = Path(flags[3].split("=")[1]) / precision
+        losses[precision] = [row["train/loss"] for row in lines(folder, "train")]
+    difference = np.abs(np.array(losses["bf16"]) - losses["fp32"])
+    assert 0 < difference.max() < 0.05
