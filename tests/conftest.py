@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,8 +27,13 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _fresh_accelerate() -> None:
-    """Accelerate keeps its state in singletons; each test starts without."""
+def fresh_accelerate() -> Callable[[], None]:
+    """Accelerate keeps its state in singletons; each test starts without, or resets it itself."""
+    _reset_accelerate()
+    return _reset_accelerate
+
+
+def _reset_accelerate() -> None:
     if "accelerate" in sys.modules:
         from accelerate.state import AcceleratorState, GradientState
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -229,9 +230,12 @@ sys.exit(main(sys.argv[1:]))
     assert "W&B failed and is off" in missing.stderr
 
 
-def test_bf16_is_close_to_fp32_over_fp32_weights(tiny_flags: list[str]) -> None:
+def test_bf16_is_close_to_fp32_over_fp32_weights(
+    tiny_flags: list[str], fresh_accelerate: Callable[[], None]
+) -> None:
     losses = {}
     for precision in ("bf16", "fp32"):
+        fresh_accelerate()
         flags = [*tiny_flags, f"--precision={precision}", f"--run_id={precision}", "--log_every=1"]
         assert main(flags) == 0
         folder = Path(flags[3].split("=")[1]) / precision

@@ -1,0 +1,1 @@
+"""Measurements. They report ratios within one run, because machines differ and are noisy."""

@@ -1,0 +1,195 @@
+"""Rules that hold for the repository as a whole. Each says how many things it looked at."""
+
+import ast
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, run_python
+from packaging.requirements import Requirement
+
+from toolkit.config import FIELDS, parse
+from toolkit.data.sources import DATASETS
+
+PACKAGE = ROOT / "toolkit"
+BASE = {"errors", "console", "files", "assets"}
+MAY_IMPORT = {
+    "errors": set(),
+    "console": set(),
+    "files": set(),
+    "assets": BASE,
+    "config": {"errors"},
+    "data": BASE,
+    "model": BASE,
+    "record": BASE,
+    "engine": BASE | {"data", "model", "record"},
+    "prepare": BASE | {"config", "data", "model"},
+    "run": BASE | {"config", "data", "model", "engine", "record", "prepare"},
+    "train": BASE | {"config", "data", "record", "prepare", "run"},
+    "__main__": {"console"},
+    "__init__": set(),
+}
+"""Parts of the package -> the parts that they may know."""
+ONE_SEAM = {"accelerate": "engine/runtime.py", "deepspeed": None, "print": "console.py"}
+
+
+def modules() -> list[Path]:
+    found = sorted(PACKAGE.rglob("*.py"))
+    assert len(found) >= 38
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    """Return the full names that a module imports, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def part(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def test_imports_go_one_way() -> None:
+    for path in modules():
+        for name in imported(path):
+            if name.startswith("toolkit."):
+                target = name.split(".")[1]
+                if target in MAY_IMPORT:
+                    assert target in MAY_IMPORT[part(path)] | {part(path)}, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize(("library", "place"), ONE_SEAM.items())
+def test_one_seam(library: str, place: str | None) -> None:
+    if library == "print":
+        pattern = re.compile(r"(?<![\w.])print\(")
+        users = {str(p.relative_to(PACKAGE)) for p in modules() if pattern.search(p.read_text())}
+    else:
+        users = {
+            str(p.relative_to(PACKAGE))
+            for p in modules()
+            if any(name.split(".")[0] == library for name in imported(p))
+        }
+    assert users == ({place} if place else set())
+
+
+def test_light_modules_import_no_torch() -> None:
+    light = [
+        ".".join(("toolkit", *path.relative_to(PACKAGE).with_suffix("").parts))
+        for path in modules()
+        if part(path) in {"config", "data", "record", "prepare", "train", "__main__", "assets"}
+    ]
+    light = [name.removesuffix(".__init__") for name in light]
+    assert len(light) >= 22
+    code = f"""
+import importlib, sys
+for name in {light!r}:
+    importlib.import_module(name)
+print(sorted({{"torch", "transformers", "datasets", "accelerate", "wandb", "pandas"}} & set(sys.modules)))
+"""
+    done = run_python("-c", code)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_nothing_happens_at_import() -> None:
+    """Top-level statements define; the only call statement is the script bootstrap."""
+    for path in modules():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+                raise AssertionError(f"{path}:{node.lineno} calls something at import time")
+
+
+def test_no_file_of_ours_shadows_a_library_for_the_script() -> None:
+    """`toolkit/` comes first on sys.path when train.py is started by path; the script undoes that."""
+    code = """
+import os, runpy, sys
+sys.argv = ["train.py", "--lr=-1"]
+sys.path[0] = os.path.dirname(PATH)  # as Python does for a script
+try:
+    runpy.run_path(PATH, run_name="__main__")
+except SystemExit:
+    pass
+assert not [p for p in sys.path if p.rstrip("/").endswith("/toolkit")], sys.path
+"""
+    done = run_python("-c", code.replace("PATH", repr(str(PACKAGE / "train.py"))))
+    assert done.returncode == 0, done.stderr
+    assert "lr got" in done.stderr
+
+
+def test_launch_configs_load_strictly() -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    configs = sorted((ROOT / "launch").glob("*.yaml"))
+    assert [path.stem for path in configs] == ["cpu", "cpu2", "ddp", "gpu"]
+    for path in configs:
+        assert load_config_from_file(str(path)).num_machines == 1
+
+
+def test_run_configs_load_strictly() -> None:
+    configs = sorted((ROOT / "configs").rglob("*.yaml"))
+    assert len(configs) >= 3
+    for path in configs:
+        config = parse([f"--config={path}"])
+        written = yaml.safe_load(path.read_text())
+        assert all(getattr(config, name) == value for name, value in written.items())
+
+
+def test_shell_scripts_parse() -> None:
+    scripts = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
+    assert len(scripts) == 4
+    for script in scripts:
+        subprocess.run(["bash", "-n", script], check=True)
+        assert script.stat().st_mode & 0o111, f"{script} is not executable"
+
+
+def test_readme_names_real_things() -> None:
+    text = (ROOT / "README.md").read_text()
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
+    assert len(links) >= 2
+    assert all((ROOT / link).exists() for link in links)
+    files = re.findall(r"(?:launch|configs|toolkit)/[\w/]+\.(?:sh|yaml|py)", text)
+    assert len(set(files)) >= 8
+    assert all((ROOT / name).exists() for name in files)
+    flags = set(re.findall(r"--([a-z][a-z_]+)", text)) - {"config_file", "num_processes", "help"}
+    flags -= {"cpu", "config"}
+    assert len(flags) >= 15
+    assert flags <= set(FIELDS), flags - set(FIELDS)
+    assert all(f"`{name}`" in text for name in DATASETS)
+
+
+def test_ci_calls_the_readme_test_command() -> None:
+    assert "bash launch/test.sh" in (ROOT / "README.md").read_text()
+    assert "bash launch/test.sh" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_pins_cover_every_dependency_at_or_above_its_floor() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    pins = dict(
+        line.lower().replace("_", "-").split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    )
+    assert len(wanted) >= 20
+    for text in wanted:
+        requirement = Requirement(text)
+        pinned = pins[requirement.name.lower().replace("_", "-")]
+        assert requirement.specifier.contains(pinned), f"{text} is pinned to {pinned}"
+
+
+def test_nobody_loads_pickles_or_remote_code() -> None:
+    banned = re.compile(
+        r"torch\.load\(|import pickle|pickle\.|trust_remote_code|weights_only=False"
+    )
+    for path in modules():
+        hits = [m for m in banned.findall(path.read_text()) if m]
+        assert not hits, f"{path}: {hits}"
