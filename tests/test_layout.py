@@ -1,7 +1,9 @@
 """Rules that hold for the repository as a whole. Each says how many things it looked at."""
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -148,6 +150,8 @@ def test_shell_scripts_parse() -> None:
     assert len(scripts) == 4
     for script in scripts:
         subprocess.run(["bash", "-n", script], check=True)
+        if shutil.which("shellcheck") or os.environ.get("CI"):  # continuous integration installs it
+            subprocess.run(["shellcheck", script], check=True)
         assert script.stat().st_mode & 0o111, f"{script} is not executable"
 
 

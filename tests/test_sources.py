@@ -180,6 +180,20 @@ def test_missing_paths_and_names() -> None:
         open_source(SourceSpec("/no/such/file.csv"), Path())
 
 
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        (SourceSpec("snippets", text_column="body"), "text_column"),
+        (SourceSpec("snippets", dataset_revision="abc"), "dataset_revision"),
+        (SourceSpec("amazon_polarity", label_names=["a", "b"]), "label_names"),
+        (SourceSpec("x.csv", dataset_path="y"), "dataset_path"),
+    ],
+)
+def test_settings_without_effect_are_refused(spec: SourceSpec, name: str) -> None:
+    with pytest.raises(DataError, match=f"{name} has no effect on the data set"):
+        open_source(spec, Path())
+
+
 def test_folder_without_train(tmp_path: Path) -> None:
     write(tmp_path / "test.csv", "text,label\na,1\n")
     with pytest.raises(DataError, match="found no train file"):

@@ -205,6 +205,15 @@ def test_an_interrupted_run_starts_again(tiny_flags: list[str]) -> None:
     assert (runs / f"{folder.name}.old-1" / "metrics.jsonl").exists()
 
 
+def test_folders_that_cannot_be_written(
+    tiny_flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*tiny_flags, "--output_dir=/proc/nowhere"]) == 2
+    assert "--output_dir" in capsys.readouterr().err
+    assert main([*tiny_flags, "--cache_dir=/proc/nowhere"]) == 2
+    assert "--cache_dir" in capsys.readouterr().err
+
+
 def test_two_runs_do_not_share_a_folder(
     tiny_flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

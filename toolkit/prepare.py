@@ -14,7 +14,7 @@ from toolkit.console import complain, say
 from toolkit.data.cache import TokenCache
 from toolkit.data.prepare import DataSpec, prepare
 from toolkit.data.report import describe
-from toolkit.errors import ToolkitError
+from toolkit.errors import ConfigError, ToolkitError
 from toolkit.model.encoders import encoder_folder
 
 Spec = TypeVar("Spec")
@@ -30,9 +30,17 @@ def prepare_data(config: RunConfig) -> tuple[TokenCache, Path]:
     """Return the token cache and the encoder's folder.
 
     Raises:
+        ConfigError: when the cache folder cannot be written.
         DataError: when data or encoder cannot be found or used.
     """
     cache = cache_dir(config)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        hint = "name another with --cache_dir or TOOLKIT_CACHE_DIR"
+        raise ConfigError(
+            [f"cache_dir {cache} cannot be made ({error.strerror}); {hint}"]
+        ) from error
     encoder = encoder_folder(config.encoder, config.encoder_revision, cache)
     return prepare(part(DataSpec, config), encoder, cache), encoder
 

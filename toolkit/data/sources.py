@@ -76,6 +76,7 @@ def open_source(spec: SourceSpec, cache: Path) -> Source:
     Raises:
         DataError: when it is not there, with what to type instead.
     """
+    _refuse_ignored(spec)
     if spec.dataset in DATASETS:
         return DATASETS[spec.dataset](spec, cache)
     path = Path(spec.dataset).expanduser()
@@ -84,6 +85,20 @@ def open_source(spec: SourceSpec, cache: Path) -> Source:
         hint = f"did you mean {close[0]}?" if close else f"named ones are {', '.join(DATASETS)}"
         raise DataError([f"dataset {spec.dataset!r} is neither a known name nor a path; {hint}"])
     return _local(spec, path)
+
+
+LOCAL_OPTIONS = ("text_column", "label_column", "label_names", "encoding")
+HUB_OPTIONS = ("dataset_path", "dataset_revision")
+
+
+def _refuse_ignored(spec: SourceSpec) -> None:
+    """Refuse settings that would have no effect on this kind of data set."""
+    ignored = list(LOCAL_OPTIONS) if spec.dataset in DATASETS else []
+    ignored += [] if spec.dataset in HUB_DATASETS else HUB_OPTIONS
+    usual = SourceSpec(spec.dataset)
+    given = [name for name in ignored if getattr(spec, name) != getattr(usual, name)]
+    if given:
+        raise DataError([f"{name} has no effect on the data set {spec.dataset}" for name in given])
 
 
 def _snippets(spec: SourceSpec, cache: Path) -> Source:
@@ -153,6 +168,8 @@ DATASETS: dict[str, Callable[[SourceSpec, Path], Source]] = {
     "snippets": _snippets,
     "amazon_polarity": _amazon_polarity,
 }
+HUB_DATASETS = ("amazon_polarity",)
+"""Those that have a revision, and a layout that a local copy can have."""
 
 
 # Local files

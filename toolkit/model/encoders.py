@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from toolkit.assets import MINILM, fetch, hub_folder
+from toolkit.errors import DataError
 
 
 class HubModel(NamedTuple):
@@ -35,10 +36,13 @@ def encoder_folder(encoder: str, revision: str | None, cache: Path) -> Path:
     Raises:
         DataError: when it is neither here nor to be had.
     """
+    folder = Path(encoder).expanduser()
+    if revision and (encoder == "minilm" or folder.is_dir()):
+        raise DataError([f"encoder_revision has no effect on the encoder {encoder}"])
     if encoder == "minilm":
         return fetch(MINILM, cache)
-    if Path(encoder).expanduser().is_dir():
-        return Path(encoder).expanduser().absolute()
+    if folder.is_dir():
+        return folder.absolute()
     known = HUB_ENCODERS.get(encoder, HubModel(encoder, "main"))
     return hub_folder(
         known.repository,

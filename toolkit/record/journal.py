@@ -50,13 +50,16 @@ class RunFolder:
         Raises:
             ConfigError: when another process holds it.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
-        except Timeout as error:
+        except Timeout as error:  # is an OSError too
             hint = "wait for it, or choose another --run_id"
             raise ConfigError([f"another process is writing {self.path}; {hint}"]) from error
+        except OSError as error:
+            reason = f"cannot be written ({error.strerror}); name another with --output_dir"
+            raise ConfigError([f"output_dir {self.path.parent} {reason}"]) from error
         try:
             self._move_aside()
             self.path.mkdir()
