@@ -17,6 +17,7 @@ from toolkit.data.steps import cost
 from toolkit.engine.runtime import Runtime
 from toolkit.errors import DataError
 from toolkit.model.classifier import ClassifierSpec, HeadClassifier, build_classifier
+from toolkit.model.encoders import check_encoder
 from toolkit.model.heads import HEADS, HeadOptions, build_head
 
 NAMES = ("neg", "pos")
@@ -184,19 +185,27 @@ def test_a_missing_pooler_is_reported_loudly(tiny_encoder: Path, tmp_path: Path)
         build_classifier(ClassifierSpec(), torn, NAMES)
 
 
-def test_other_models_and_pickled_weights_are_refused(tiny_encoder: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(tiny_encoder, other)
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"model_type": "roberta"}))
-    with pytest.raises(DataError, match="'roberta'"):
-        build_classifier(ClassifierSpec(), other, NAMES)
-    pickled = tmp_path / "pickled"
-    shutil.copytree(tiny_encoder, pickled)
-    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
-    (pickled / "model.safetensors").unlink()
-    with pytest.raises(DataError, match="safetensors"):
-        build_classifier(ClassifierSpec(), pickled, NAMES)
+def test_other_models_pickled_weights_and_long_sequences_are_refused(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(tiny_encoder, folder)
+    check_encoder(folder, 64)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "roberta"}))
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(DataError) as caught:
+        check_encoder(folder, 65)
+    text = str(caught.value)
+    for part in (
+        "'roberta'",
+        "has no model.safetensors",
+        "64 positions, less than max_length (65)",
+    ):
+        assert part in text
+    with pytest.raises(DataError, match="no readable"):
+        check_encoder(tmp_path, 64)
 
 
 @pytest.mark.parametrize("padded", [False, True])

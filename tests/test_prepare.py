@@ -198,6 +198,7 @@ def test_many_builders_at_once_build_once(
 
 def test_prepare_command(tiny_data: Path, tiny_encoder: Path, tmp_path: Path) -> None:
     flags = [f"--dataset={tiny_data}", f"--encoder={tiny_encoder}", f"--cache_dir={tmp_path}"]
+    flags.append("--max_length=64")
     code = (
         "import sys; from toolkit.__main__ import main; code = main(sys.argv[1:]);"
         "assert 'torch' not in sys.modules; sys.exit(code)"

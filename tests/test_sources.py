@@ -265,14 +265,14 @@ def test_hub_layout_from_a_local_folder(
 
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "silent"])
 def test_amazon_polarity_without_network_or_cache(
-    tmp_path: Path, endpoint: str, silent_server: str
+    tmp_path: Path, tiny_encoder: Path, endpoint: str, silent_server: str
 ) -> None:
     """A refused connection, and a server that never answers: one clear error within 30 s."""
     url = silent_server if endpoint == "silent" else endpoint
     code = "import sys; from toolkit.prepare import main; sys.exit(main(sys.argv[1:]))"
     started = time.monotonic()
     done = run_python(
-        "-c", code, "--dataset=amazon_polarity", f"--cache_dir={tmp_path}", f"--encoder={tmp_path}",
+        "-c", code, "--dataset=amazon_polarity", f"--cache_dir={tmp_path}", f"--encoder={tiny_encoder}", "--max_length=64",
         HF_ENDPOINT=url, HF_HOME=str(tmp_path / "hf"),
     )  # fmt: skip
     assert time.monotonic() - started < 30
@@ -288,11 +288,13 @@ def test_a_50_mb_text_is_cut_and_counted(tmp_path: Path, tiny_encoder: Path) -> 
     rows[4] = ("x" * 50_000_000, "neg")
     path = write(tmp_path / "x.csv", csv_text(rows))
     code = """
-import resource, sys
+import re, sys
 from pathlib import Path
 from toolkit.data.prepare import DataSpec, prepare
 cache = prepare(DataSpec(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
-print(cache.meta["clipped_texts"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+# not ru_maxrss: a child inherits that of the process which started it
+peak = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())
+print(cache.meta["clipped_texts"], int(peak[1]) // 1024)
 """
     done = run_python("-c", code, path, tiny_encoder, tmp_path / "cache")
     assert done.returncode == 0, done.stderr

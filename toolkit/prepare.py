@@ -15,7 +15,7 @@ from toolkit.data.cache import TokenCache
 from toolkit.data.prepare import DataSpec, prepare
 from toolkit.data.report import describe
 from toolkit.errors import ConfigError, ToolkitError
-from toolkit.model.encoders import encoder_folder
+from toolkit.model.encoders import check_encoder, encoder_folder
 
 Spec = TypeVar("Spec")
 
@@ -42,6 +42,7 @@ def prepare_data(config: RunConfig) -> tuple[TokenCache, Path]:
             [f"cache_dir {cache} cannot be made ({error.strerror}); {hint}"]
         ) from error
     encoder = encoder_folder(config.encoder, config.encoder_revision, cache)
+    check_encoder(encoder, config.max_length)
     return prepare(part(DataSpec, config), encoder, cache), encoder
 
 

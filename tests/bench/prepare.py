@@ -22,19 +22,21 @@ from toolkit.console import say
 from toolkit.data.tokenise import load_tokenizer
 
 CHILD = """
-import json, resource, sys, time
+import json, re, sys, time
+from pathlib import Path
 from toolkit.config import parse
 from toolkit.prepare import prepare_data
 started = time.perf_counter()
 tokens, _ = prepare_data(parse(sys.argv[1:]))
 seconds = time.perf_counter() - started
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-counts = {name: len(split) for name, split in tokens.splits.items()}
+# not ru_maxrss: a child inherits that of the process which started it
+peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+result = {"seconds": seconds, "peak_mib": peak}
+result["rows"] = {name: len(split) for name, split in tokens.splits.items()}
 started = time.perf_counter()
 prepare_data(parse(sys.argv[1:]))
-print("RESULT", json.dumps({"seconds": seconds, "peak_mib": peak, "children_peak_mib": children,
-      "rows": counts, "second_seconds": time.perf_counter() - started}))
+result["second_seconds"] = time.perf_counter() - started
+print("RESULT", json.dumps(result))
 """
 
 

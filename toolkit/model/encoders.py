@@ -1,5 +1,6 @@
 """Which pretrained encoder: a name, a folder or a model of the hub -> a local folder."""
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,9 @@ HUB_ENCODERS = {
         "google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594"
     ),
 }
+
+MODEL_TYPES = ("bert", "bert_with_head")
+"""A stock BERT, or one of our own best/ folders."""
 
 FILES = [
     "config.json",
@@ -51,3 +55,25 @@ def encoder_folder(encoder: str, revision: str | None, cache: Path) -> Path:
         FILES,
         hint="--encoder minilm, or --encoder FOLDER with config.json, model.safetensors and a tokenizer",
     )
+
+
+def check_encoder(folder: Path, max_length: int) -> None:
+    """Check, without loading it, that a folder holds a BERT that can be used.
+
+    Raises:
+        DataError: naming everything that does not fit.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError([f"encoder {folder} has no readable config.json ({error})"]) from error
+    problems = []
+    if config.get("model_type") not in MODEL_TYPES:
+        problems.append(f"is of type {config.get('model_type')!r}; only BERT models can be used")
+    if not (folder / "model.safetensors").exists():
+        problems.append("has no model.safetensors; pickled weights are not loaded, they are code")
+    positions = config.get("max_position_embeddings", max_length)
+    if max_length > positions:
+        problems.append(f"has {positions} positions, less than max_length ({max_length})")
+    if problems:
+        raise DataError([f"encoder {folder} {problem}" for problem in problems])
