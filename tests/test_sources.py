@@ -271,10 +271,9 @@ def test_amazon_polarity_without_network_or_cache(
     url = silent_server if endpoint == "silent" else endpoint
     code = "import sys; from toolkit.prepare import main; sys.exit(main(sys.argv[1:]))"
     started = time.monotonic()
-    done = run_python(
-        "-c", code, "--dataset=amazon_polarity", f"--cache_dir={tmp_path}", f"--encoder={tiny_encoder}", "--max_length=64",
-        HF_ENDPOINT=url, HF_HOME=str(tmp_path / "hf"),
-    )  # fmt: skip
+    flags = ["--dataset=amazon_polarity", f"--cache_dir={tmp_path}", "--max_length=64"]
+    environment = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf")}
+    done = run_python("-c", code, *flags, f"--encoder={tiny_encoder}", **environment)
     assert time.monotonic() - started < 30
     assert done.returncode == 3, done.stderr
     for part in ("fancyzhx/amazon_polarity", "--dataset snippets", "HF_HOME", "--dataset PATH"):
