@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from toolkit.data.cache import TokenCache
+from toolkit.data.prepare import DataSpec, prepare
+from toolkit.data.sources import open_source
+
 ROOT = Path(__file__).resolve().parent.parent
 
 POSITIVE = ["great", "love", "perfect", "excellent", "works", "good"]
@@ -19,9 +23,9 @@ NEUTRAL = ["the", "phone", "battery", "it", "is", "a", "camera", "and", "very", 
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the developer's own settings out of the tests, and the network too."""
+    """Keep the developer's own settings out of the tests, and W&B off the network."""
     for name in list(os.environ):
-        if name.startswith(("WANDB_", "ACCELERATE_", "HF_HUB_OFFLINE")):
+        if name.startswith(("WANDB_", "ACCELERATE_")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_MODE", "offline")
 
@@ -149,3 +153,8 @@ def silent_server() -> Iterator[str]:
     """A server on the loopback interface that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def build_cache(spec: DataSpec, encoder: Path, cache: Path) -> TokenCache:
+    """Prepare a data set as `toolkit.prepare` does."""
+    return prepare(spec, open_source(spec, cache), encoder, cache)

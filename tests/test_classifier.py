@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import build_cache
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import BertForSequenceClassification, BertModel
 
 from toolkit.data.batches import Batch, evaluation_batches, make_batch
-from toolkit.data.prepare import DataSpec, prepare
+from toolkit.data.prepare import DataSpec
 from toolkit.data.steps import cost
 from toolkit.engine.runtime import Runtime
 from toolkit.errors import DataError
@@ -26,7 +27,7 @@ NAMES = ("neg", "pos")
 @pytest.fixture(scope="module")
 def split(tiny_data: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("cache")
-    return prepare(DataSpec(str(tiny_data)), tiny_encoder, folder).splits["train"]
+    return build_cache(DataSpec(str(tiny_data)), tiny_encoder, folder).splits["train"]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Configuration: precedence, agent argument forms, all problems at once, and speed."""
 
-import sys
 import time
 from pathlib import Path
 
@@ -39,8 +38,11 @@ def test_defaults_then_files_then_flags(tmp_path: Path) -> None:
         ("--batch-size=32", "batch_size", 32),
         ("--epochs=5", "epochs", 5.0),
         ("--head=v1", "head", "v1"),
-        ("--label_names=['bad', 'good']", "label_names", ["bad", "good"]),
-        ("--label_names=[bad, good]", "label_names", ["bad", "good"]),
+        ("--label_names=['bad', 'good']", "label_names", "bad,good"),
+        ("--label_names=[3, 5]", "label_names", "3,5"),
+        ("--label_names=no,yes", "label_names", "no,yes"),
+        ("--label_names=None", "label_names", None),
+        ("--run_id=12", "run_id", "12"),
         ("--max_grad_norm=inf", "max_grad_norm", float("inf")),
     ],
 )
@@ -59,21 +61,23 @@ def test_all_problems_at_once_with_names_and_ranges(tmp_path: Path) -> None:
     file.write_text("batch_sise: 4\nepochs: -1\n")
     found = problems(
         "--lr=fast", "--hed=v1", f"--config={file}", "--grad_accum=0", "--precision=fp8", "stray",
-        "--config=absent.yaml", "--batch_size=2.5", "--lr",
+        "--config=absent.yaml", "--batch_size=2.5", "-x", "--head=v9", "--lr",
     )  # fmt: skip
     text = "\n".join(found)
-    assert len(found) == 10
+    assert len(found) == 12
     for part in (
         "lr got 'fast', allowed is float in (0, 1]",
         "hed is unknown; did you mean head?",
         "batch_sise is unknown; did you mean batch_size?",
         "epochs got -1, allowed is float in (0, inf)",
-        "grad_accum got '0', allowed is int in [1, inf)",
+        "grad_accum got 0, allowed is int in [1, inf)",
         "precision got 'fp8', allowed is one of bf16, fp32",
         "stray: is not a flag",
         "absent.yaml: cannot be read",
-        "batch_size got '2.5'",
+        "batch_size got 2.5",
         "--lr: has no value",
+        "-x: is not a flag; did you mean --x?",
+        "head got 'v9', allowed is one of v1, v2, v3",
     ):
         assert part in text
 
@@ -88,6 +92,8 @@ def test_all_problems_at_once_with_names_and_ranges(tmp_path: Path) -> None:
         (["--max_tokens=64"], ("max_tokens", "max_length")),
         (["--eval_tokens=64"], ("eval_tokens", "max_length")),
         (["--label_names=[a]"], ("label_names", "two different names")),
+        (["--wandb=None"], ("wandb", "project")),
+        (["--wandb={'projct': 1}"], ("wandb", "projct")),
         (["--run_id=../x"], ("run_id", "letters")),
     ],
 )
@@ -99,10 +105,8 @@ def test_conflicts_name_both_sides(argv: list[str], names: tuple[str, ...]) -> N
 def test_every_field_refuses_nonsense() -> None:
     checked = 0
     for name, field in FIELDS.items():
-        if field.type is str or name in ("encoder_revision", "dataset_path", "dataset_revision"):
-            continue  # any text is a valid text; other checks come with their meaning
-        if name in ("cache_dir", "run_id"):
-            continue
+        if field.type in (str, str | None):
+            continue  # any text is a text; other checks come with their meaning
         assert name in problems(f"--{name}={{'no': 'sense'}}")[0], name
         checked += 1
     assert checked >= 35
@@ -125,6 +129,18 @@ def test_run_id_is_what_defines_the_run(monkeypatch: pytest.MonkeyPatch) -> None
     assert parse([]).run_id == base.run_id  # inherited from somewhere, but no sweep
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
     assert parse([]).run_id == "abc123"
+    monkeypatch.setenv("WANDB_RUN_ID", "../../x")
+    assert "run_id got '../../x'" in problems()[0]
+
+
+def test_yaml_files_may_be_empty_and_hold_numbers_for_text(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text("# nothing yet\n")
+    assert parse([f"--config={file}"]) == parse([])
+    file.write_text("run_id: 123\nlabel_names: [3, 5]\nwandb:\n  project: p\n")
+    config = parse([f"--config={file}", "--wandb.entity=e"])
+    assert (config.run_id, config.label_names) == ("123", "3,5")
+    assert (config.wandb.project, config.wandb.entity) == ("p", "e")
 
 
 def test_head_names_are_those_of_the_registry() -> None:
@@ -145,7 +161,7 @@ def test_help_is_quick_and_explains_every_field() -> None:
     help_texts = [action.help for action in build_parser()._actions if action.dest in FIELDS]
     assert len(help_texts) >= len(FIELDS) - 1
     assert all(len(text) > 4 for text in help_texts)
-    assert seconds < 5, "far above the goal of 1 s, which the README's figures report"
+    assert seconds < 1, "--help has to answer at once"
 
 
 def test_bad_configuration_is_refused_before_torch_is_imported() -> None:
@@ -158,11 +174,10 @@ sys.exit(code)
 """
     done = run_python("-c", code)
     assert done.returncode == 2, done.stderr
-    assert "lr got '-1'" in done.stderr
+    assert "lr got -1" in done.stderr
 
 
 def test_print_config_is_yaml() -> None:
     done = run_python(ROOT / "toolkit" / "train.py", "--lr=1e-3", "--print_config")
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load(done.stdout)["lr"] == 1e-3
-    assert sys.version_info >= (3, 11)

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_python
+from conftest import build_cache, run_python
 from tokenizers import Tokenizer
 
 from toolkit.data.cache import open_cache
-from toolkit.data.prepare import DataSpec, prepare
+from toolkit.data.prepare import DataSpec
 from toolkit.data.report import describe
+from toolkit.data.rows import Split
 from toolkit.data.selection import select
-from toolkit.data.sources import Split
 from toolkit.data.validate import CheckedSplit
 from toolkit.errors import DataError
 
@@ -84,7 +84,7 @@ def test_the_default_validation_split_is_a_tenth_and_at_most_10000() -> None:
 def test_tokens_are_those_of_the_tokenizer(
     tiny_data: Path, tiny_encoder: Path, tmp_path: Path
 ) -> None:
-    cache = prepare(DataSpec(str(tiny_data), max_length=10), tiny_encoder, tmp_path)
+    cache = build_cache(DataSpec(str(tiny_data), max_length=10), tiny_encoder, tmp_path)
     tokenizer = Tokenizer.from_file(str(tiny_encoder / "tokenizer.json"))
     tokenizer.enable_truncation(10)
     rows = list((tiny_data / "train.csv").read_text().splitlines())[1:]
@@ -108,33 +108,38 @@ def test_the_fingerprint_covers_what_matters(
     tiny_data: Path, tiny_encoder: Path, tmp_path: Path
 ) -> None:
     spec = DataSpec(str(tiny_data))
-    first = prepare(spec, tiny_encoder, tmp_path).folder
-    assert prepare(spec, tiny_encoder, tmp_path).folder == first
+    first = build_cache(spec, tiny_encoder, tmp_path).folder
+    assert build_cache(spec, tiny_encoder, tmp_path).folder == first
     other_rows = tmp_path / "other"
     other_rows.mkdir()
     for file in tiny_data.iterdir():
         (other_rows / file.name).write_bytes(file.read_bytes())
     moved = replace(spec, dataset=str(other_rows))
-    assert prepare(moved, tiny_encoder, tmp_path).folder == first  # same content elsewhere
+    assert build_cache(moved, tiny_encoder, tmp_path).folder == first  # same content elsewhere
     with (other_rows / "train.csv").open("a") as file:
         file.write("one more,pos\n")
+    swapped = tmp_path / "swapped"
+    swapped.mkdir()
+    for name, other in (("train.csv", "test.csv"), ("test.csv", "train.csv")):
+        (swapped / name).write_bytes((tiny_data / other).read_bytes())
     other_encoder = tmp_path / "encoder"
     other_encoder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         text = (tiny_encoder / name).read_text()
         (other_encoder / name).write_text(text + " ")
     folders = {
-        prepare(moved, tiny_encoder, tmp_path).folder,
-        prepare(spec, other_encoder, tmp_path).folder,
-        prepare(replace(spec, max_length=8), tiny_encoder, tmp_path).folder,
-        prepare(replace(spec, train_rows=10), tiny_encoder, tmp_path).folder,
-        prepare(replace(spec, split_seed=1), tiny_encoder, tmp_path).folder,
+        build_cache(moved, tiny_encoder, tmp_path).folder,
+        build_cache(spec, other_encoder, tmp_path).folder,
+        build_cache(replace(spec, max_length=8), tiny_encoder, tmp_path).folder,
+        build_cache(replace(spec, train_rows=10), tiny_encoder, tmp_path).folder,
+        build_cache(replace(spec, split_seed=1), tiny_encoder, tmp_path).folder,
+        build_cache(replace(spec, dataset=str(swapped)), tiny_encoder, tmp_path).folder,
     }
-    assert len(folders | {first}) == 6
+    assert len(folders | {first}) == 7
 
 
 def test_a_damaged_cache_is_refused(tiny_data: Path, tiny_encoder: Path, tmp_path: Path) -> None:
-    folder = prepare(DataSpec(str(tiny_data)), tiny_encoder, tmp_path).folder
+    folder = build_cache(DataSpec(str(tiny_data)), tiny_encoder, tmp_path).folder
     tokens = folder / "train.tokens.bin"
     tokens.write_bytes(tokens.read_bytes()[:-2])
     with pytest.raises(DataError, match=r"damaged .*train.tokens.bin has"):
@@ -148,6 +153,7 @@ BUILDER = """
 import sys, time
 from pathlib import Path
 from toolkit.data import prepare as module
+from toolkit.data.sources import open_source
 data, encoder, cache, pause = sys.argv[1:]
 write = module.TokenWriter.write
 def slow(*arguments):
@@ -155,7 +161,8 @@ def slow(*arguments):
     print("writing", flush=True)
     time.sleep(float(pause))
 module.TokenWriter.write = slow
-folder = module.prepare(module.DataSpec(data), Path(encoder), Path(cache)).folder
+spec = module.DataSpec(data)
+folder = module.prepare(spec, open_source(spec, Path(cache)), Path(encoder), Path(cache)).folder
 print("done", folder, flush=True)
 """
 
@@ -205,7 +212,7 @@ def test_prepare_command(tiny_data: Path, tiny_encoder: Path, tmp_path: Path) ->
     )
     done = run_python("-c", code, "prepare", *flags)
     assert done.returncode == 0, done.stderr
-    assert "108 rows (54 neg" in done.stdout or "108 rows (54 negative" in done.stdout
+    assert "108 rows (54 negative, 54 positive)" in done.stdout
     failed = run_python("-m", "toolkit", "prepare", "--dataset=/no/such", *flags[1:])
     assert failed.returncode == 3
     assert "neither a known name nor a path" in failed.stderr
@@ -215,7 +222,7 @@ def test_snippets_split_by_review(shared_cache: Path) -> None:
     """The counts that the data set's description gives, and no review on two sides."""
     from toolkit.assets import MINILM, SNIPPETS, SNIPPETS_FILE, fetch
 
-    cache = prepare(DataSpec("snippets"), fetch(MINILM, shared_cache), shared_cache)
+    cache = build_cache(DataSpec("snippets"), fetch(MINILM, shared_cache), shared_cache)
     lines = (fetch(SNIPPETS, shared_cache) / SNIPPETS_FILE).read_text().splitlines()
     kept = [line for line in lines if abs(float(line.split("\t")[1])) >= 0.5]
     assert len(lines) == 3708

@@ -8,10 +8,11 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import reviews, run_python
+from conftest import build_cache, reviews, run_python
 
-from toolkit.data.prepare import DataSpec, prepare
-from toolkit.data.sources import SourceSpec, open_source
+from toolkit.data.prepare import DataSpec
+from toolkit.data.rows import SourceSpec
+from toolkit.data.sources import open_source
 from toolkit.data.validate import check
 from toolkit.errors import DataError
 
@@ -96,6 +97,7 @@ def test_wrong_encoding_is_named_by_row(tmp_path: Path) -> None:
         (("Negative", "Positive"), (0, 1)),
         (("False", "True"), (0, 1)),
         (("-1", "1"), (0, 1)),
+        (("0.0", "1.0"), (0, 1)),
     ],
 )
 def test_usual_label_pairs_need_no_flag(
@@ -112,7 +114,7 @@ def test_other_label_names_and_columns(tmp_path: Path) -> None:
         path,
         text_column="title,body",
         label_column="verdict",
-        label_names=["thumbs down", "thumbs up"],
+        label_names="thumbs down,thumbs up",
     )
     assert rows == [("T\nnice", 1), ("bah", 0)]
 
@@ -128,11 +130,12 @@ def test_all_problems_in_one_error_with_at_most_20_rows(tmp_path: Path) -> None:
     lines = ['{"text": "fine", "label": "pos"}', '{"text": "fine", "label": "neg"}']
     lines += ['{"text": null, "label": "pos"}', '{"text": 5, "label": "pos"}', "not json", "[1]"]
     lines += ['{"text": "x", "label": "postive"}'] * 30
-    lines += ['{"text": "\\ud800", "label": "pos"}']
+    lines += ['{"text": "\\ud800", "label": "pos"}', '{"text": "x", "label": null}']
     text = complaints(write(tmp_path / "x.jsonl", "\n".join(lines)))
     for part in (
         "1 row with null text: 3",
         "1 row with text that is not a string: 4",
+        "1 row with null label: 38",
         "2 rows with not a JSON object: 5, 6",
         "30 rows with label 'postive', which is neither 'neg' nor 'pos'",
         "26 and 10 more",
@@ -148,7 +151,9 @@ def test_broken_csv(tmp_path: Path) -> None:
     assert "1 row with 4 fields where the header has 2: 2" in text
     assert "1 row with 1 fields where the header has 2: 3" in text
     unclosed = write(tmp_path / "y.csv", 'text,label\ngood,1\n"never closed,0\nbad,0\n')
-    assert "broken quoting" in complaints(unclosed)
+    for bad_rows in ("error", "quarantine"):  # the rows behind it would be lost without a word
+        text = complaints(unclosed, bad_rows=bad_rows, label_names="0,1")
+        assert "1 row with broken quoting, so that it is unclear where the row ends" in text
 
 
 @pytest.mark.parametrize(
@@ -169,7 +174,7 @@ def test_unusable_files(tmp_path: Path, name: str, content: str, expected: str) 
 
 def test_a_class_that_is_missing(tmp_path: Path) -> None:
     path = write(tmp_path / "x.csv", "text,label\na,no\nb,no\n")
-    text = complaints(path, label_names=["no", "yes"])
+    text = complaints(path, label_names="no,yes")
     assert "no usable row has the label 'yes'" in text
 
 
@@ -185,7 +190,7 @@ def test_missing_paths_and_names() -> None:
     [
         (SourceSpec("snippets", text_column="body"), "text_column"),
         (SourceSpec("snippets", dataset_revision="abc"), "dataset_revision"),
-        (SourceSpec("amazon_polarity", label_names=["a", "b"]), "label_names"),
+        (SourceSpec("amazon_polarity", label_names="a,b"), "label_names"),
         (SourceSpec("x.csv", dataset_path="y"), "dataset_path"),
     ],
 )
@@ -194,10 +199,86 @@ def test_settings_without_effect_are_refused(spec: SourceSpec, name: str) -> Non
         open_source(spec, Path())
 
 
-def test_folder_without_train(tmp_path: Path) -> None:
-    write(tmp_path / "test.csv", "text,label\na,1\n")
-    with pytest.raises(DataError, match="found no train file"):
-        open_source(SourceSpec(str(tmp_path)), tmp_path)
+def folder_with(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write(folder / name, "text,label\na,1\nb,0\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["train.csv", "test.csv"], ["test", "train"]),
+        (["Train.CSV", "dev.csv", "test_final.csv"], ["test", "train", "validation"]),
+        (["train/a.csv", "train/b.csv", "test/training_style.csv"], ["test", "train"]),
+        (["data/train-00000-of-00001.csv", ".hidden/train.csv"], ["train"]),
+    ],
+)
+def test_folders_are_sorted_into_splits(
+    tmp_path: Path, names: list[str], expected: list[str]
+) -> None:
+    source = open_source(SourceSpec(str(folder_with(tmp_path, *names))), tmp_path)
+    assert sorted(source.splits) == expected
+    rows = sum(sum(1 for _ in split.read()) for split in source.splits.values())
+    assert rows == 2 * len([name for name in names if not name.startswith(".")])
+
+
+@pytest.mark.parametrize(
+    ("names", "complaint"),
+    [
+        (["test.csv"], "found no train file"),
+        (["train.csv", "more.csv"], "more.csv: name it train, validation or test"),
+        (["train.csv", "test.json"], "test.json: format is not one of"),
+        (["train.csv", "train.tsv"], "train is there in several formats"),
+    ],
+)
+def test_no_file_of_a_folder_is_passed_over(
+    tmp_path: Path, names: list[str], complaint: str
+) -> None:
+    with pytest.raises(DataError, match=complaint):
+        open_source(SourceSpec(str(folder_with(tmp_path, *names))), tmp_path)
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t", "|"])
+def test_other_delimiters_are_recognised_by_the_header(tmp_path: Path, delimiter: str) -> None:
+    path = write(tmp_path / "x.csv", csv_text(ROWS, delimiter))
+    assert usable(path) == [(text, int(label == "pos")) for text, label in ROWS]
+
+
+def test_stars_are_no_pair_and_never_guessed(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "x.csv", "text,label\n" + "".join(f"a,{n % 5 + 1}\n" for n in range(20))
+    )
+    for bad_rows in ("error", "quarantine"):
+        assert "['1', '2', '3', '4', '5']" in complaints(path, bad_rows=bad_rows)
+
+
+def test_many_kinds_of_problems_stay_readable(tmp_path: Path) -> None:
+    lines = [f"a,label {n}" for n in range(12_000)] + ["good,pos", "bad,neg"]
+    text = complaints(write(tmp_path / "x.csv", "\n".join(["text,label", *lines])))
+    assert len(text.splitlines()) < 20
+    assert "further kinds of problems" in text
+    assert "no usable row" not in text
+
+
+def test_json_columns_may_be_absent_in_some_rows(tmp_path: Path) -> None:
+    rows = ["broken", '{"text": "a", "label": 1}', '{"title": "t", "text": "b", "label": 0}']
+    path = write(tmp_path / "x.jsonl", "\n".join(rows))
+    assert usable(path, text_column="title,text", bad_rows="quarantine") == [("a", 1), ("t\nb", 0)]
+
+
+def test_files_that_are_not_what_they_say(tmp_path: Path) -> None:
+    odd = tmp_path / "odd.csv"
+    odd.write_bytes(("text,label\n" + "a,1\nb,0\n" * 5000).encode("utf-16") + b"x")
+    assert "cannot be read as csv in utf-16" in complaints(odd, encoding="utf-16")
+    deep = write(tmp_path / "deep.jsonl", "[" * 100_000 + "\n" + '{"text": "a", "label": 1}')
+    assert "1 row with not a JSON object: 1" in complaints(deep, label_names="0,1")
+    array = pyarrow.array([b"fine", b"caf\xe9", b"bad"], pyarrow.binary())
+    text = pyarrow.StringArray.from_buffers(3, *array.buffers()[1:])
+    table = pyarrow.table({"text": text, "label": [1, 0, 0]})
+    pyarrow.parquet.write_table(table, tmp_path / "bytes.parquet")
+    assert "text in another encoding (see --encoding): 2" in complaints(tmp_path / "bytes.parquet")
 
 
 def test_quarantine_adds_up(tmp_path: Path, tiny_encoder: Path) -> None:
@@ -206,7 +287,7 @@ def test_quarantine_adds_up(tmp_path: Path, tiny_encoder: Path) -> None:
     lines = ["text,label", *good[:20], bad[0], *good[20:40], *bad[1:], *good[40:]]
     path = write(tmp_path / "x.csv", "\n".join(lines))
     spec = DataSpec(str(path), bad_rows="quarantine")
-    cache = prepare(spec, tiny_encoder, tmp_path / "cache")
+    cache = build_cache(spec, tiny_encoder, tmp_path / "cache")
     kept = sum(len(split) for split in cache.splits.values())
     aside = [
         json.loads(line) for line in (cache.folder / "quarantine.jsonl").read_text().splitlines()
@@ -215,7 +296,7 @@ def test_quarantine_adds_up(tmp_path: Path, tiny_encoder: Path) -> None:
     assert cache.meta["quarantined"] == {"train": 3}
     assert kept == 60
     assert [record["row"] for record in aside] == [21, 42, 43]
-    assert aside[0]["text"] == "x"
+    assert [record["text"] for record in aside] == ["x", "one | two | three", "y"]
     assert aside[0]["problem"].startswith("label 'maybe'")
 
 
@@ -250,7 +331,7 @@ def test_hub_layout_from_a_local_folder(
             pyarrow.table(columns, schema), folder / "amazon_polarity" / f"{name}.parquet"
         )
     spec = DataSpec("amazon_polarity", dataset_path=str(folder), train_rows=20, test_rows=5)
-    cache = prepare(spec, tiny_encoder, tmp_path / "cache")
+    cache = build_cache(spec, tiny_encoder, tmp_path / "cache")
     assert {name: len(split) for name, split in cache.splits.items()} == {
         "train": 20,
         "validation": 2,
@@ -290,7 +371,9 @@ def test_a_50_mb_text_is_cut_and_counted(tmp_path: Path, tiny_encoder: Path) -> 
 import re, sys
 from pathlib import Path
 from toolkit.data.prepare import DataSpec, prepare
-cache = prepare(DataSpec(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
+from toolkit.data.sources import open_source
+spec, cache = DataSpec(sys.argv[1]), Path(sys.argv[3])
+cache = prepare(spec, open_source(spec, cache), Path(sys.argv[2]), cache)
 # not ru_maxrss: a child inherits that of the process which started it
 peak = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())
 print(cache.meta["clipped_texts"], int(peak[1]) // 1024)
@@ -307,7 +390,7 @@ def test_awkward_texts_do_not_crash(tmp_path: Path, tiny_encoder: Path) -> None:
     rows = [(text, ("neg", "pos")[number % 2]) for number, text in enumerate(texts * 4)]
     path = tmp_path / "x.jsonl"
     write(path, "\n".join(json.dumps({"text": text, "label": label}) for text, label in rows))
-    cache = prepare(DataSpec(str(path)), tiny_encoder, tmp_path / "cache")
+    cache = build_cache(DataSpec(str(path)), tiny_encoder, tmp_path / "cache")
     assert sum(len(split) for split in cache.splits.values()) == len(rows)
     lengths = np.concatenate([s.lengths(np.arange(len(s))) for s in cache.splits.values()])
     assert lengths.min() == 2  # [CLS] [SEP]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
+import torch
 import yaml
 from conftest import ROOT, launch, run_python
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from toolkit.config import RunConfig
@@ -127,6 +130,52 @@ def test_a_second_run_shows_the_first(
     assert (kept / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_folder_of_another_run_is_not_taken_for_this_one(
+    finished: tuple[list[str], Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    flags, folder = finished
+    other = [*flags, f"--run_id={folder.name}"]
+    assert main([*other, "--lr=0.5", "--head=v1"]) == 2
+    error = capsys.readouterr().err
+    assert "head is 'v1' here, 'v2' there" in error
+    assert "lr is 0.5 here, 0.003 there" in error
+    data = tmp_path / "changed"
+    shutil.copytree(flags[1].split("=")[1], data)
+    (data / "test.csv").write_text("text,label\ngreat,pos\nawful,neg\n")
+    assert main([*other, f"--dataset={data}"]) == 2
+    assert "data is" in capsys.readouterr().err
+
+
+def test_a_folder_of_the_users_is_left_alone(
+    tiny_flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    precious = Path(tiny_flags[3].split("=")[1]) / "mine" / "precious.csv"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("irreplaceable")
+    assert main([*tiny_flags, "--run_id=mine"]) == 2
+    assert "is not a run folder" in capsys.readouterr().err
+    assert precious.read_text() == "irreplaceable"
+
+
+def test_bad_data_is_explained_whoever_finds_it(tiny_flags: list[str], tmp_path: Path) -> None:
+    """Under the launcher the first rank says why, although another might have failed first."""
+    bad = tmp_path / "bad.csv"
+    bad.write_text("text,label\nx,maybe\ny,neg\nz,pos\n")
+    done = launch(2, TRAIN, *tiny_flags, f"--dataset={bad}")
+    assert done.returncode == 1
+    assert done.stderr.count("'maybe', which is neither 'neg' nor 'pos': 1") == 1
+    assert read(only_run(tiny_flags) / "status.json")["status"] == "data_error"
+    done = launch(2, TRAIN, *tiny_flags, "--lr=-1")
+    assert done.stderr.count("lr got -1") == 1
+
+
+def test_no_step_at_all_is_an_error(
+    tiny_flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*tiny_flags, "--epochs=0.001"]) == 3
+    assert "not one step" in capsys.readouterr().err
+
+
 def test_dry_run_trains_nothing(tiny_flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*tiny_flags, "--dry_run"]) == 0
     assert "21 steps of 16 reviews" in capsys.readouterr().out
@@ -152,22 +201,29 @@ sys.exit(code)
     assert status["status"] == "data_error"
 
 
-def test_divergence_is_an_outcome(
+def test_divergence_is_an_outcome_and_such_weights_are_never_saved(
     tiny_flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Finite for four steps, evaluated at each, then never again."""
     from toolkit.engine.runtime import Runtime
 
+    plain, calls = Runtime.backward, []
+
+    def poisoned(self: Runtime, loss: torch.Tensor, rows: int) -> None:
+        calls.append(rows)
+        plain(self, loss * float("nan") if len(calls) > 4 else loss, rows)
+
     with pytest.MonkeyPatch.context() as patch:
-        plain = Runtime.backward
-        patch.setattr(
-            Runtime, "backward", lambda self, loss, rows: plain(self, loss * float("nan"), rows)
-        )
-        code = main([*tiny_flags, "--max_skipped=2"])
+        patch.setattr(Runtime, "backward", poisoned)
+        code = main([*tiny_flags, "--max_skipped=2", "--eval_every=1"])
     assert code == 4
+    assert len(calls) == 7
     folder = only_run(tiny_flags)
     assert read(folder / "status.json")["status"] == "diverged"
-    assert not (folder / "best").exists()
     assert "not finite" in capsys.readouterr().err
+    weights = load_file(folder / "best" / "model.safetensors")
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
+    assert [row["step"] for row in lines(folder, "eval")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_crash_is_recorded_with_its_message(
@@ -249,5 +305,7 @@ def test_bf16_is_close_to_fp32_over_fp32_weights(
         assert main(flags) == 0
         folder = Path(flags[3].split("=")[1]) / precision
         losses[precision] = [row["train/loss"] for row in lines(folder, "train")]
+        weights = load_file(folder / "best" / "model.safetensors")
+        assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     difference = np.abs(np.array(losses["bf16"]) - losses["fp32"])
     assert 0 < difference.max() < 0.05

@@ -136,14 +136,23 @@ PROBE_SECONDS = 10
 """How long to wait for the hub's first answer."""
 
 
-def hub_folder(repository: str, kind: str, revision: str, patterns: list[str], hint: str) -> Path:
+def hub_folder(
+    repository: str,
+    kind: str,
+    revision: str,
+    patterns: list[str],
+    *,
+    required: list[str],
+    hint: str,
+) -> Path:
     """Return the local folder of a repository's commit, downloading what the hub's cache lacks.
 
     Args:
         repository: its name on the hub.
         kind: "model" or "dataset".
         revision: a commit, or a branch.
-        patterns: the files that are needed.
+        patterns: the files to download.
+        required: patterns of which each has to match a file.
         hint: what to type instead.
 
     Raises:
@@ -156,7 +165,9 @@ def hub_folder(repository: str, kind: str, revision: str, patterns: list[str], h
     try:
         if re.fullmatch("[0-9a-f]{40}", revision):  # a commit never changes: the cache is as good
             with suppress(LocalEntryNotFoundError):
-                return Path(get(allow_patterns=patterns, local_files_only=True))
+                folder = Path(get(allow_patterns=patterns, local_files_only=True))
+                if all(any(folder.glob(pattern)) for pattern in required):
+                    return folder  # else other programs cached a part of it
         offline = not _hub_answers(repository, kind)
         return Path(get(allow_patterns=patterns, local_files_only=offline))
     except Exception as error:  # some ten types, from sockets to missing repositories; all end here

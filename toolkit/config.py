@@ -14,16 +14,18 @@ import hashlib
 import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from toolkit.console import say
 from toolkit.errors import ConfigError
 
-BEST_METRICS = ("f1", "accuracy", "precision", "recall", "loss")
+Spec = TypeVar("Spec")
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -69,9 +71,9 @@ class RunConfig:
     dropout: float = option(0.1, "[0, 1)")
     """Dropout in the head."""
     encoder: str = option("minilm")
-    """Encoder: minilm, bert-base, bert-large, a local folder, or the hub name of a BERT model."""
+    """Encoder: minilm, bert-base, a local folder, or the hub name of a BERT model."""
     encoder_revision: str | None = option(None)
-    """Commit of a hub encoder; null means the pinned one where we know it."""
+    """Commit of a hub encoder; null means the pinned one where we know it, else its newest."""
     encoder_dropout: float | None = option(None, "[0, 1)")
     """Dropout on the encoder's hidden states; null means what its checkpoint says."""
 
@@ -86,8 +88,9 @@ class RunConfig:
     """Text column of local files; several, separated by commas, are joined by a line break."""
     label_column: str = option("label")
     """Label column of local files."""
-    label_names: list[str] | None = option(None)
-    """The two labels of local files, the negative one first; null means recognise usual pairs."""
+    label_names: str | None = option(None)
+    """The two labels of local files, separated by a comma, the negative one first; null means
+    recognise usual pairs."""
     encoding: str = option("utf-8")
     """Text encoding of local CSV, TSV and JSONL files."""
     bad_rows: Literal["error", "quarantine"] = option("error")
@@ -98,7 +101,7 @@ class RunConfig:
     """Size of the validation split carved from train; null means a tenth, at most 10,000 rows."""
     test_rows: int | None = option(None, "[1, inf)")
     """Test on a seeded, class-balanced subset of this size."""
-    split_seed: int = option(0, "[0, inf)")
+    split_seed: int = option(0, "[0, 4294967295]")
     """Seed of splits and subsets. Keep it while `seed` varies, so that runs share their test rows."""
     max_length: int = option(256, "[4, inf)")
     """Longest sequence in tokens, special tokens included; longer reviews are truncated."""
@@ -132,7 +135,7 @@ class RunConfig:
     """bf16: autocast over fp32 weights. fp32: no autocast."""
     batching: Literal["auto", "packed", "padded"] = option("auto")
     """packed: no padding. padded: stock BERT. auto: packed where the device has a back end for it."""
-    seed: int = option(0, "[0, inf)")
+    seed: int = option(0, "[0, 4294967295]")
     """Seed of head weights, row order and dropout."""
 
     # Evaluation
@@ -180,9 +183,6 @@ class RunConfig:
 FIELDS = {f.name: f for f in dataclasses.fields(RunConfig)}
 
 
-PYTHON_TO_YAML = {"None": "null", "True": "true", "False": "false", "inf": ".inf"}
-
-
 class Item(NamedTuple):
     """One setting as the user wrote it."""
 
@@ -213,19 +213,26 @@ def parse(argv: list[str], prog: str = "train.py") -> RunConfig:
         ConfigError: naming every problem in flags and files.
         SystemExit: after `--help` or `--print_config`.
     """
-    argv = normalise(argv)
     parser = build_parser(prog)
-    if not {"-h", "--help"} & set(argv):
-        problems = _problems(parser, argv)
-        if problems:
-            raise ConfigError(problems)
-    namespace = parser.parse_args(argv)
-    values = {key: value for key, value in namespace.as_dict().items() if key in FIELDS}
-    config = RunConfig(**(values | {"wandb": WandbConfig(**values["wandb"])}))
-    problems = _conflicts(config)
+    tokens = normalise(argv)
+    if {"-h", "--help"} & set(tokens):
+        parser.print_help()
+        raise SystemExit(0)
+    items, problems = _items([token for token in tokens if token != "--print_config"])
+    values: dict[str, Any] = {}
+    for item in items:
+        problem = _take(parser, item, values)
+        if problem:
+            problems.append(f"{item.source}: {problem}")
+    config = RunConfig(**(values | {"wandb": WandbConfig(**values.get("wandb", {}))}))
+    config = dataclasses.replace(config, run_id=config.run_id or _default_run_id(config))
+    problems += _conflicts(config)
     if problems:
         raise ConfigError(problems)
-    return dataclasses.replace(config, run_id=config.run_id or _default_run_id(config))
+    if "--print_config" in tokens:
+        say(config.to_yaml())
+        raise SystemExit(0)
+    return config
 
 
 def normalise(argv: list[str]) -> list[str]:
@@ -242,15 +249,12 @@ def normalise(argv: list[str]) -> list[str]:
             continue
         key, has_value, value = token.partition("=")
         key = "--" + key[2:].replace("-", "_")
-        if key in ("--help", "--print_config"):
-            tokens.append(key + has_value + value)
-            continue
         if not has_value and position < len(argv) and not argv[position].startswith("--"):
             has_value, value, position = "=", argv[position], position + 1
         if not has_value and _is_switch(key):
             has_value, value = "=", "true"
         if key != "--_wandb":
-            tokens.append(key + has_value + _yaml_value(value))
+            tokens.append(key + has_value + value)
     return sorted(tokens, key=lambda token: not token.startswith("--config="))
 
 
@@ -258,81 +262,85 @@ def _is_switch(key: str) -> bool:
     return key[2:] in FIELDS and FIELDS[key[2:]].type is bool
 
 
-def _yaml_value(value: str) -> str:
-    """Turn what Python prints (`None`, `True`, `{'a': None}`) into what YAML reads."""
-    if value in PYTHON_TO_YAML:
-        return PYTHON_TO_YAML[value]
-    if value[:1] in ("{", "["):
-        try:
-            return json.dumps(ast.literal_eval(value))
-        except (ValueError, SyntaxError):
-            return value  # YAML flow syntax such as [neg, pos]
-    return value
-
-
-def _problems(parser: ArgumentParser, argv: list[str]) -> list[str]:
+def _items(tokens: list[str]) -> tuple[list[Item], list[str]]:
+    """List every setting in files and flags, and what cannot be read."""
+    items: list[Item] = []
     problems: list[str] = []
-    for item in _items(argv, problems):
-        problem = _problem(parser, item)
-        if problem:
-            problems.append(f"{item.source}: {problem}")
-    return problems
-
-
-def _items(argv: list[str], problems: list[str]) -> list[Item]:
-    """List every setting in files and flags, and note what cannot be read."""
-    items = []
-    for token in argv:
+    for token in tokens:
         key, has_value, value = token.partition("=")
         if not key.startswith("--"):
-            problems.append(f"{token}: is not a flag; did you mean --{token}?")
+            problems.append(f"{token}: is not a flag; did you mean --{token.lstrip('-')}?")
         elif key == "--config":
-            items += _file_items(value, problems)
-        elif key == "--print_config":
-            continue
+            try:
+                items += _file_items(value)
+            except ValueError as error:
+                problems.append(f"--config {value}: {error}")
         elif not has_value and key[2:] in FIELDS:
             problems.append(f"{key}: has no value")
         else:
-            items.append(Item("flag", key[2:], value))
-    return items
+            items.append(Item("flag", key[2:], _from_text(key[2:], value)))
+    return items, problems
 
 
-def _file_items(path: str, problems: list[str]) -> list[Item]:
+def _file_items(path: str) -> list[Item]:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        problems.append(f"--config {path}: cannot be read ({error.strerror})")
-        return []
+        raise ValueError(f"cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problems.append(f"--config {path}: is not YAML ({' '.join(str(error).split())})")
-        return []
-    if not isinstance(content, dict):
-        problems.append(f"--config {path}: must hold `name: value` lines, got {content!r}")
-        return []
-    return [Item(path, str(key), value) for key, value in content.items()]
+        raise ValueError(f"is not YAML ({' '.join(str(error).split())})") from error
+    if content is not None and not isinstance(content, dict):
+        raise ValueError(f"must hold `name: value` lines, got {content!r}")
+    return [Item(path, str(key), value) for key, value in (content or {}).items()]
 
 
-def _problem(parser: ArgumentParser, item: Item) -> str | None:
-    """Say what is wrong with one setting alone, or None."""
-    name = item.key.split(".")[0]
-    if name not in FIELDS or ("." in item.key and name != "wandb"):
+def _from_text(key: str, text: str) -> Any:
+    """Read a flag's text as YAML, after what Python prints (`None`, `{'a': None}`) was understood."""
+    if _takes_text(key) and text not in ("None", "null"):
+        return text
+    if text[:1] in ("{", "["):
+        with suppress(ValueError, SyntaxError):
+            return ast.literal_eval(text)
+    try:
+        return yaml.safe_load({"None": "null", "inf": ".inf"}.get(text, text))
+    except yaml.YAMLError:
+        return text
+
+
+def _takes_text(name: str) -> bool:
+    return name in FIELDS and FIELDS[name].type in (str, str | None)
+
+
+def _take(parser: ArgumentParser, item: Item, values: dict[str, Any]) -> str | None:
+    """Put one setting into `values`; return what is wrong with it instead, if anything is."""
+    name, _, inner = item.key.partition(".")
+    if name not in FIELDS or (inner and name != "wandb"):
         close = difflib.get_close_matches(item.key, FIELDS, n=1)
         return f"{item.key} is unknown" + (
             f"; did you mean {close[0]}?" if close else "; see --help"
         )
+    value = _as_text(item.value) if _takes_text(name) else item.value
     try:
-        if item.source == "flag":
-            parsed = parser.parse_args([f"--{item.key}={item.value}"])
-        else:
-            parsed = parser.parse_object({item.key: item.value})
-    except Exception as error:  # jsonargparse raises several types; each means "does not fit"
+        parsed = parser.parse_object({name: {inner: value} if inner else value}).as_dict()[name]
         if name == "wandb":
-            return f"{item.key} got {item.value!r} ({' '.join(str(error).split())})"
-        return f"{item.key} got {item.value!r}, allowed is {_allowed(name)}"
-    value, allowed = parsed.get(name), FIELDS[name].metadata.get("allowed")
-    if allowed and value is not None and not _inside(value, allowed):
+            parsed = {key: parsed[key] for key in ({inner} if inner else value)}
+    except Exception as error:  # jsonargparse raises several types; each means "does not fit"
+        reason = f" ({' '.join(str(error).split())})" if name == "wandb" else ""
+        return f"{item.key} got {item.value!r}, allowed is {_allowed(name)}{reason}"
+    allowed = FIELDS[name].metadata.get("allowed")
+    if allowed and parsed is not None and not _inside(parsed, allowed):
         return f"{name} got {item.value!r}, allowed is {_allowed(name)}"
+    values[name] = values.get(name, {}) | parsed if name == "wandb" else parsed
     return None
+
+
+def _as_text(value: Any) -> Any:
+    """Let YAML's numbers and lists stand for text: `run_id: 12`, `label_names: [3, 5]`."""
+    if isinstance(value, str) and value[:1] == "[" and value[-1:] == "]":
+        value = [part.strip(" '\"") for part in value[1:-1].split(",")]
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return value if value is None or isinstance(value, str | dict) else str(value)
 
 
 def _inside(value: float, interval: str) -> bool:
@@ -345,6 +353,8 @@ def _allowed(name: str) -> str:
     kind, interval = FIELDS[name].type, FIELDS[name].metadata.get("allowed")
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
+    if kind is WandbConfig:
+        return "project, entity, group, tags"
     text = (
         "true or false"
         if kind is bool
@@ -371,13 +381,21 @@ def _conflicts(config: RunConfig) -> list[str]:
         tokens = getattr(config, name)
         if tokens and tokens < config.max_length:
             found.append(f"{name} ({tokens}) must be at least max_length ({config.max_length})")
-    if config.label_names is not None and len(set(config.label_names)) != 2:
-        found.append(f"label_names must be two different names, got {config.label_names}")
+    if config.label_names is not None:
+        names = [name.strip() for name in config.label_names.split(",")]
+        if len(names) != 2 or len(set(names)) != 2 or not all(names):
+            found.append(f"label_names must be two different names, got {config.label_names!r}")
     if config.run_id is not None and not RUN_ID.fullmatch(config.run_id):
         found.append(
             f"run_id got {config.run_id!r}, allowed are letters, digits and . _ - (at most 64)"
         )
     return found
+
+
+def part(kind: type[Spec], config: RunConfig, **more: Any) -> Spec:
+    """Make a module's own settings of the fields that it shares with the configuration."""
+    names = [f.name for f in dataclasses.fields(kind) if f.name not in more]  # type: ignore[arg-type]
+    return kind(**{name: getattr(config, name) for name in names}, **more)
 
 
 def head_names() -> list[str]:

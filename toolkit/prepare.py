@@ -5,25 +5,16 @@
 Needs neither a GPU nor torch. Training does the same when the cache is not there yet.
 """
 
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
 
-from toolkit.config import RunConfig, cache_dir, parse
+from toolkit.config import RunConfig, cache_dir, parse, part
 from toolkit.console import complain, say
 from toolkit.data.cache import TokenCache
 from toolkit.data.prepare import DataSpec, prepare
 from toolkit.data.report import describe
+from toolkit.data.sources import open_source
 from toolkit.errors import ConfigError, ToolkitError
 from toolkit.model.encoders import check_encoder, encoder_folder
-
-Spec = TypeVar("Spec")
-
-
-def part(kind: type[Spec], config: RunConfig, **more: Any) -> Spec:
-    """Make a module's own settings of the fields that it shares with the configuration."""
-    names = [f.name for f in fields(kind) if f.name not in more]  # type: ignore[arg-type]
-    return kind(**{name: getattr(config, name) for name in names}, **more)
 
 
 def prepare_data(config: RunConfig) -> tuple[TokenCache, Path]:
@@ -41,9 +32,13 @@ def prepare_data(config: RunConfig) -> tuple[TokenCache, Path]:
         raise ConfigError(
             [f"cache_dir {cache} cannot be made ({error.strerror}); {hint}"]
         ) from error
+    spec = part(DataSpec, config)
+    source = open_source(
+        spec, cache
+    )  # before the encoder: a slip in a column name costs no download
     encoder = encoder_folder(config.encoder, config.encoder_revision, cache)
     check_encoder(encoder, config.max_length)
-    return prepare(part(DataSpec, config), encoder, cache), encoder
+    return prepare(spec, source, encoder, cache), encoder
 
 
 def main(argv: list[str]) -> int:

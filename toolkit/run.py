@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from toolkit.config import RunConfig
+from toolkit.config import RunConfig, part
 from toolkit.console import complain, say
 from toolkit.data.cache import TokenCache
 from toolkit.data.steps import Stream
@@ -19,7 +19,6 @@ from toolkit.engine.optim import OptimSpec, build_optimizer
 from toolkit.engine.runtime import Runtime
 from toolkit.errors import ToolkitError
 from toolkit.model.classifier import ClassifierSpec, build_classifier, load_weights
-from toolkit.prepare import part
 from toolkit.record.export import save_model, save_predictions
 from toolkit.record.journal import RunFolder
 from toolkit.record.metrics import as_record, table
@@ -34,8 +33,10 @@ def run(config: RunConfig, tokens: TokenCache, encoder: Path, folder: RunFolder)
     with ExitStack() as stack:
         if runtime.is_main:
             stack.enter_context(folder.claim())
+        this = Run(config, tokens, encoder, folder, runtime)
+        stack.callback(this.finish_tracking)  # last: it may wait for the network
         try:
-            Run(config, tokens, encoder, folder, runtime).execute()
+            this.execute()
         except BaseException as error:
             if runtime.is_main:
                 folder.set_status(_status(error), message=str(error) or type(error).__name__)
@@ -70,6 +71,7 @@ class Run:
         self.folder = folder
         self.runtime = runtime
         self.padded = _is_padded(config, runtime)
+        self.tracker = Tracker()
         self.best: dict[str, Any] | None = None
 
     def execute(self) -> None:
@@ -110,7 +112,6 @@ class Run:
         facts = provenance() | runtime.describe()
         facts |= {"batching": "padded" if self.padded else "packed", "precision": config.precision}
         facts |= {"encoder_folder": str(self.encoder), "data": self.tokens.meta["inputs"]}
-        self.tracker = Tracker()
         if not runtime.is_main:
             return
         self.folder.begin(config.to_yaml(), facts)
@@ -188,7 +189,6 @@ class Run:
         save_predictions(
             self.folder.path / "predictions.parquet", split.row_ids, split.labels, result.scores
         )
-        self.tracker.finish()
         self.folder.finish(self.summary(record, totals, seconds))
         self.say(table(record, "test"))
         self.say(f"run folder: {self.folder.path}")
@@ -200,6 +200,7 @@ class Run:
             "run_id": config.run_id,
             "config_hash": config.hash(),
             "config": config.identity(),
+            "data_fingerprint": self.tokens.folder.name,
             "test": test,
             "validation": self.best,
             "steps_skipped": totals.skipped,
@@ -217,6 +218,10 @@ class Run:
         if self.runtime.is_main:
             self.folder.log(kind, step, values)
             self.tracker.log(step, values)
+
+    def finish_tracking(self) -> None:
+        """End the mirrored run."""
+        self.tracker.finish()
 
     def say(self, text: str) -> None:
         """Print on the main process."""

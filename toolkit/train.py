@@ -16,46 +16,49 @@ if __package__ in (None, ""):
     # `model` or `record` would shadow libraries of that name. The repository's root belongs there.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import os
+import time
 
-from toolkit.config import RunConfig, parse
+from toolkit.config import FIELDS, RunConfig, parse, part
 from toolkit.console import complain, say
+from toolkit.data.cache import TokenCache
 from toolkit.data.report import describe
 from toolkit.data.steps import Stream
-from toolkit.errors import ToolkitError
-from toolkit.prepare import part, prepare_data
+from toolkit.errors import ConfigError, DataError, ToolkitError
+from toolkit.launcher import Turn
+from toolkit.prepare import prepare_data
 from toolkit.record.journal import RunFolder
 from toolkit.record.metrics import table
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train as the arguments say; return the exit code."""
-    is_main = int(os.environ.get("RANK", "0")) == 0
+    turn = Turn()
     try:
-        config = parse(sys.argv[1:] if argv is None else argv)
-        return start(config)
-    except ToolkitError as error:
-        if is_main:
+        return start(parse(sys.argv[1:] if argv is None else argv), turn)
+    except (ToolkitError, OSError) as error:
+        if turn.is_first:
             complain(f"error: {error}")
-        return error.exit_code
+        else:
+            time.sleep(5)  # the launcher ends all processes with the first that fails: let it speak
+        return getattr(error, "exit_code", 1)
 
 
-def start(config: RunConfig) -> int:
+def start(config: RunConfig, turn: Turn) -> int:
     """Prepare the data and train; record in the run folder how it ends."""
-    is_main = int(os.environ.get("RANK", "0")) == 0
     folder = RunFolder(Path(config.output_dir) / str(config.run_id))
-    if folder.status == "completed" and not config.overwrite:
-        if is_main:
-            show_result(folder)
-            say("This run is complete. To train it again: --overwrite")
-        return 0
     try:
-        tokens, encoder = prepare_data(config)
+        with turn.in_order():
+            tokens, encoder = prepare_data(config)
+        num_steps = part(Stream, config, num_rows=len(tokens.splits["train"])).num_steps
+        if num_steps == 0:
+            raise DataError([f"epochs ({config.epochs}) of these training rows are not one step"])
     except ToolkitError as error:
-        if is_main and folder.status is None:
-            folder.set_status(error.status, message=str(error))
+        if turn.is_main:
+            folder.record_failure(error.status, str(error))
         raise
-    if is_main:
+    if folder.status == "completed" and not config.overwrite:
+        return show_result(config, tokens, folder, turn)
+    if turn.is_main:
         say(describe(tokens))
         say(describe_plan(config, len(tokens.splits["train"])))
     if config.dry_run:
@@ -75,10 +78,31 @@ def describe_plan(config: RunConfig, num_rows: int) -> str:
     )
 
 
-def show_result(folder: RunFolder) -> None:
-    """Print the test metrics of a completed run and where it is."""
-    say(table(folder.summary()["test"], "test"))
-    say(f"run folder: {folder.path}")
+def show_result(config: RunConfig, tokens: TokenCache, folder: RunFolder, turn: Turn) -> int:
+    """Show the result of a completed run, if it is a run of these settings on this data.
+
+    Raises:
+        ConfigError: naming the settings that differ.
+    """
+    summary = folder.summary()
+    ours, theirs = config.identity() | {"data": tokens.folder.name}, summary["config"]
+    theirs = theirs | {"data": summary["data_fingerprint"]}
+    differ = [
+        f"{name} is {ours[name]!r} here, {theirs.get(name)!r} there"
+        for name in [*FIELDS, "data"]
+        if name in ours and ours[name] != theirs.get(name)
+    ]
+    if differ:
+        raise ConfigError(
+            [
+                f"{folder.path} holds a completed run with other settings ({'; '.join(differ)}); "
+                "choose another --run_id, or --overwrite to move it aside"
+            ]
+        )
+    if turn.is_main:
+        say(table(summary["test"], "test"))
+        say(f"run folder: {folder.path}\nThis run is complete. To train it again: --overwrite")
+    return 0
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import pyarrow
 import pyarrow.parquet
 
 from toolkit.assets import SNIPPETS, fetch
-from toolkit.data.sources import SourceSpec, open_source
+from toolkit.data.rows import SourceSpec
+from toolkit.data.sources import open_source
 
 MIN_CHARS, MEAN_CHARS, MAX_CHARS = 72, 431, 1015
 """Of Amazon Polarity's training texts."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from toolkit.config import RunConfig, parse
+from toolkit.config import RunConfig, parse, part
 from toolkit.data.steps import Stream
 from toolkit.engine.evaluate import evaluate
 from toolkit.engine.loop import Hooks, LoopSpec, Totals, Trainer, micro_batches, train, train_step
@@ -20,7 +20,7 @@ from toolkit.engine.optim import OptimSpec, build_optimizer
 from toolkit.engine.runtime import Runtime
 from toolkit.errors import DivergedError
 from toolkit.model.classifier import ClassifierSpec, build_classifier
-from toolkit.prepare import part, prepare_data
+from toolkit.prepare import prepare_data
 
 STEPS = 5
 CASES = {
@@ -72,12 +72,13 @@ def run_case(config: RunConfig, runtime: Runtime) -> dict[str, np.ndarray]:
     for step in range(STEPS):
         for batch in micro_batches(trainer, trainer.stream.slots(step)):
             np.add.at(rows[step], batch.rows, 1)
-    result["rows"] = runtime.sum_tensor(torch.from_numpy(rows)).numpy()
-    rates: list[float] = []
+    result["rows"] = runtime.sum(torch.from_numpy(rows)).numpy()
+    rates: list[list[float]] = []
     losses: list[float] = []
 
     def log(_: int, values: dict) -> None:
-        rates.append(values["train/lr"])
+        rates.append([group["lr"] for group in trainer.optimizer.param_groups])
+        assert values["train/lr"] == rates[-1][0]
         losses.append(values["train/loss"])
 
     train(trainer, Hooks(lambda _: None, log, lambda _: None))
@@ -86,10 +87,16 @@ def run_case(config: RunConfig, runtime: Runtime) -> dict[str, np.ndarray]:
     return result | {f"weight/{n}": p.detach().numpy() for n, p in model.named_parameters()}
 
 
+def clipped_norm(config: RunConfig, runtime: Runtime) -> float:
+    """Return the norm of the gradient that a step applies."""
+    gradient = first_gradient(build(config, runtime))
+    return float(np.sqrt(sum((value.astype(np.float64) ** 2).sum() for value in gradient.values())))
+
+
 def count_evaluations(config: RunConfig, runtime: Runtime) -> dict[int, int]:
     """Evaluate splits of awkward sizes; `evaluate` itself refuses rows seen twice or never."""
     trainer = build(config, runtime)
-    found = {}
+    found: dict[int, int] = {}
     for size in EVALUATION_SIZES:
         split = trainer.train
         rows = np.arange(size)
@@ -103,8 +110,8 @@ def count_evaluations(config: RunConfig, runtime: Runtime) -> dict[int, int]:
             result = evaluate(
                 runtime, runtime.unwrap(trainer.model), part_, max_tokens=64, padded=padded
             )
-            found[size] = result.counts.n
             assert len(result.scores) == size
+            assert found.setdefault(size, result.rows_seen) == result.rows_seen
     return found
 
 
@@ -135,7 +142,7 @@ def poison(config: RunConfig, runtime: Runtime) -> dict[str, object]:
         diverged = True
     runtime.backward = backward  # type: ignore[method-assign]
     checksum = float(sum(p.detach().double().abs().sum() for p in model.parameters()))
-    same = runtime.sum([checksum])[0] / runtime.world_size
+    same = float(runtime.sum(torch.tensor(checksum, dtype=torch.float64))) / runtime.world_size
     return {
         "skipped": totals.skipped,
         "finite": finite and all(bool(torch.isfinite(p).all()) for p in model.parameters()),
@@ -156,6 +163,8 @@ def main() -> None:
             np.savez(folder / f"{name}-{world_size}.npz", **result)
     report = {
         "evaluated": count_evaluations(parse(flags), runtime),
+        "clipped_norm": clipped_norm(parse([*flags, "--max_grad_norm=0.01"]), runtime),
+        "free_norm": clipped_norm(parse([*flags, "--max_grad_norm=inf"]), runtime),
         "poison": poison(parse([*flags, "--max_skipped=3"]), runtime),
     }
     if runtime.is_main:

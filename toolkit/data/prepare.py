@@ -13,8 +13,8 @@ import numpy as np
 from toolkit.assets import TOKENIZER_FILES
 from toolkit.console import say
 from toolkit.data.cache import FORMAT_VERSION, SPLITS, TokenCache, open_cache
+from toolkit.data.rows import Source, SourceSpec
 from toolkit.data.selection import Selection, select
-from toolkit.data.sources import Source, SourceSpec, open_source
 from toolkit.data.tokenise import Chunk, TokenWriter, load_tokenizer
 from toolkit.data.validate import CheckedSplit, check
 from toolkit.files import lock, publish_folder, write_json
@@ -37,15 +37,14 @@ class DataSpec(SourceSpec):
     max_length: int = 256
 
 
-def prepare(spec: DataSpec, tokenizer_folder: Path, cache: Path) -> TokenCache:
+def prepare(spec: DataSpec, source: Source, tokenizer_folder: Path, cache: Path) -> TokenCache:
     """Open the token cache of a data set, building it if nobody has yet.
 
     Any number of processes may call this at once: one builds, the others wait for it.
 
     Raises:
-        DataError: when the data cannot be found or used.
+        DataError: when rows cannot be used.
     """
-    source = open_source(spec, cache)
     inputs = _inputs(spec, source, tokenizer_folder)
     fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     folder = cache / "tokens" / fingerprint[:16]

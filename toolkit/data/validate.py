@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from toolkit.data.sources import Source, Split, canonical
+from toolkit.data.rows import UNCLEAR_END, Source, Split, canonical
 from toolkit.errors import DataError
 
-SHOWN_ROWS = 20
-MAX_KINDS = 200
-"""Distinct labels and problems that are told apart; further ones share the last number."""
+SHOWN_ROWS, SHOWN_KINDS = 20, 10
+"""How many row numbers a message lists, and how many kinds of problems a split's report."""
+MAX_KINDS = 10_000
+"""Distinct labels that are told apart; further ones share the last number."""
 
 USUAL_PAIRS = (
     ("0", "1"),
@@ -25,24 +26,9 @@ USUAL_PAIRS = (
 """Label values that need no --label_names, the negative one first."""
 
 
-@dataclass
-class Scan:
-    """What one pass over a split found; the arrays have one entry for each row."""
-
-    split: Split
-    label_codes: np.ndarray
-    label_kinds: list[str]
-    problem_codes: np.ndarray
-    problem_kinds: list[str]
-    groups: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.label_codes)
-
-
 @dataclass(frozen=True)
 class CheckedSplit:
-    """A split whose usable rows are known."""
+    """A split whose usable rows are known; the arrays have one entry for each row."""
 
     split: Split
     labels: np.ndarray
@@ -68,40 +54,55 @@ def check(source: Source, bad_rows: str) -> dict[str, CheckedSplit]:
         DataError: listing all problems of all splits.
     """
     scans = {name: _scan(split) for name, split in source.splits.items()}
-    kinds = sorted({kind for scan in scans.values() for kind in scan.label_kinds} - {""})
-    values = source.label_values or _usual_pair(kinds)
+    values = source.label_values or _usual_pair(scans)
     checked = {name: _apply_labels(scan, values) for name, scan in scans.items()}
-    problems = [] if bad_rows == "quarantine" else _all_row_problems(checked)
+    problems = []
     if values is None:
-        problems.append(
-            f"cannot tell which two labels are meant, the rows have {kinds[:10]}; name them, the "
-            "negative one first: --label_names '[NEGATIVE, POSITIVE]' (a wrong --label_column looks "
-            "like this too)"
-        )
+        problems.append(_no_pair(scans))
+    for split in checked.values():
+        problems += _row_problems(split, only_unclear=bad_rows == "quarantine")
+    if problems and bad_rows == "error" and values is not None:
+        problems.append("to go on without these rows: --bad_rows quarantine")
+    if values is not None:
+        problems += [text for split in checked.values() for text in _missing_classes(split, values)]
     if problems:
         raise DataError(problems)
-    assert values is not None
-    missing = [text for split in checked.values() for text in _missing_classes(split, values)]
-    if missing:
-        raise DataError(missing)
     return checked
 
 
-def _scan(split: Split) -> Scan:
-    labels, problems, groups = array("B"), array("B"), array("q")
-    label_codes: dict[str, int] = {}
-    problem_codes: dict[str, int] = {"": 0}
+@dataclass(frozen=True)
+class _Scan:
+    """What one pass over a split found; the arrays have one entry for each row."""
+
+    split: Split
+    label_codes: np.ndarray
+    label_kinds: list[str]
+    problem_codes: np.ndarray
+    problem_kinds: list[str]
+    groups: np.ndarray
+
+    def labels(self) -> set[str]:
+        """Return the labels of the rows that have no other problem."""
+        codes = np.unique(self.label_codes[self.problem_codes == 0])
+        return {self.label_kinds[code] for code in codes}
+
+
+def _scan(split: Split) -> _Scan:
+    labels, problems, groups = array("H"), array("H"), array("q")
+    # usual labels have their numbers from the start, so that no flood of others displaces them
+    label_codes = {value: code for code, value in enumerate(sorted(set(sum(USUAL_PAIRS, ()))))}
+    problem_codes = {"": 0}
     for row in split.read():
-        labels.append(0 if row.problem else _code(label_codes, canonical(row.label)))
-        problems.append(_code(problem_codes, row.problem) if row.problem else 0)
+        labels.append(_code(label_codes, canonical(row.label)[:40]))
+        problems.append(_code(problem_codes, row.problem or ""))
         groups.append(row.group)
     if not labels:
         raise DataError([f"{split.origin}: has no rows"])
-    return Scan(
+    return _Scan(
         split,
-        np.frombuffer(labels, np.uint8),
-        list(label_codes) or [""],
-        np.frombuffer(problems, np.uint8),
+        np.frombuffer(labels, np.uint16),
+        list(label_codes),
+        np.frombuffer(problems, np.uint16),
         list(problem_codes),
         np.frombuffer(groups, np.int64),
     )
@@ -113,13 +114,31 @@ def _code(codes: dict[str, int], kind: str) -> int:
     return codes.setdefault(kind, len(codes))
 
 
-def _usual_pair(kinds: list[str]) -> tuple[str, str] | None:
-    """Find the usual pair of label values that occurs in the rows; None if there is not just one."""
-    found = [pair for pair in USUAL_PAIRS if pair[0] in kinds and pair[1] in kinds]
-    return found[0] if len(found) == 1 else None  # 0, 1 and 2 together hold two pairs
+def _usual_pair(scans: dict[str, _Scan]) -> tuple[str, str] | None:
+    """Find the usual pair of values among the labels; None if there is not just one.
+
+    1 and 2 among 1 to 5 are no pair: numbers have to be the only numbers.
+    """
+    found = set().union(*(scan.labels() for scan in scans.values()))
+    numbers = {label for label in found if label.lstrip("+-").replace(".", "", 1).isdigit()}
+    pairs = [
+        pair
+        for pair in USUAL_PAIRS
+        if set(pair) <= found and (not set(pair) & numbers or set(pair) == numbers)
+    ]
+    return pairs[0] if len(pairs) == 1 else None
 
 
-def _apply_labels(scan: Scan, values: tuple[str, str] | None) -> CheckedSplit:
+def _no_pair(scans: dict[str, _Scan]) -> str:
+    found = sorted(set().union(*(scan.labels() for scan in scans.values())))
+    return (
+        f"cannot tell which two labels are meant, the rows have {found[:SHOWN_KINDS]}; name them, the "
+        "negative one first: --label_names NEGATIVE,POSITIVE (a wrong --label_column looks like this "
+        "too)"
+    )
+
+
+def _apply_labels(scan: _Scan, values: tuple[str, str] | None) -> CheckedSplit:
     """Turn label codes into classes, and unknown labels into problems, if the classes are known."""
     kinds = list(scan.problem_kinds)
     class_of_code = np.zeros(len(scan.label_kinds), np.uint8)
@@ -129,31 +148,30 @@ def _apply_labels(scan: Scan, values: tuple[str, str] | None) -> CheckedSplit:
             class_of_code[code] = values.index(kind)
         elif values:
             problem_of_code[code] = len(kinds)
-            kinds.append(f"label {kind[:40]!r}, which is neither {values[0]!r} nor {values[1]!r}")
-    problems = scan.problem_codes.astype(np.uint16)
-    problems = np.where(problems, problems, problem_of_code[scan.label_codes])
+            kinds.append(f"label {kind!r}, which is neither {values[0]!r} nor {values[1]!r}")
+    problems = np.where(scan.problem_codes, scan.problem_codes, problem_of_code[scan.label_codes])
     return CheckedSplit(
         scan.split, class_of_code[scan.label_codes], problems == 0, scan.groups, problems, kinds
     )
 
 
-def _all_row_problems(checked: dict[str, CheckedSplit]) -> list[str]:
-    problems = [text for split in checked.values() for text in _row_problems(split)]
-    if problems:
-        problems.append("to go on without these rows: --bad_rows quarantine")
-    return problems
-
-
-def _row_problems(split: CheckedSplit) -> list[str]:
+def _row_problems(split: CheckedSplit, *, only_unclear: bool) -> list[str]:
+    """Describe the rows that cannot be used, kind by kind."""
+    codes = np.unique(split.problem_codes[~split.usable]).tolist()
+    if only_unclear:
+        codes = [code for code in codes if split.problem_kinds[code] == UNCLEAR_END]
     texts = []
-    for code in np.unique(split.problem_codes[~split.usable]):
+    for code in codes[:SHOWN_KINDS]:
         rows = np.flatnonzero(split.problem_codes == code) + 1
         shown = ", ".join(map(str, rows[:SHOWN_ROWS]))
         more = f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
         noun = "row" if len(rows) == 1 else "rows"
-        texts.append(
-            f"{split.split.origin}: {len(rows)} {noun} with {split.problem_kinds[code]}: {shown}{more}"
-        )
+        kind = split.problem_kinds[code]
+        texts.append(f"{split.split.origin}: {len(rows)} {noun} with {kind}: {shown}{more}")
+    if len(codes) > SHOWN_KINDS:
+        rest = np.isin(split.problem_codes, codes[SHOWN_KINDS:]).sum()
+        kinds = len(codes) - SHOWN_KINDS
+        texts.append(f"{split.split.origin}: {rest} rows with {kinds} further kinds of problems")
     return texts
 
 

@@ -23,6 +23,8 @@ class Evaluation:
     """Mean cross-entropy; None without rows."""
     scores: np.ndarray
     """(N,) float32 probability of class 1, in the order of the split."""
+    rows_seen: int
+    """Rows that the ranks counted together; `evaluate` has checked that it is N."""
 
 
 @torch.no_grad()
@@ -45,16 +47,19 @@ def evaluate(
         logits_RC = model(**runtime.inputs(batch)).logits[: len(batch.rows)].float()
         loss_sum += functional.cross_entropy(logits_RC, runtime.labels(batch), reduction="sum")
         scores[batch.rows] = logits_RC.softmax(dim=-1)[:, 1].cpu()
-        seen[batch.rows] += 1
+        seen.index_add_(
+            0, torch.from_numpy(batch.rows), torch.ones(len(batch.rows), dtype=torch.int32)
+        )
     model.train(was_training)
-    loss_sum = runtime.sum_tensor(loss_sum)
-    scores, seen = runtime.sum_tensor(scores).cpu(), runtime.sum_tensor(seen).cpu()
+    loss_sum = runtime.sum(loss_sum)
+    scores, seen = runtime.sum(scores).cpu(), runtime.sum(seen).cpu()
     if not bool((seen == 1).all()):
         raise RuntimeError(f"evaluation saw {int((seen != 1).sum())} rows more or less than once")
     if not bool(torch.isfinite(scores).all()):
         raise DivergedError("the model gives scores that are not finite")
     loss = loss_sum.item() / len(split) if len(split) else None
-    return Evaluation(_confusion(split.labels, scores.numpy()), loss, scores.numpy())
+    counts = _confusion(split.labels, scores.numpy())
+    return Evaluation(counts, loss, scores.numpy(), rows_seen=int(seen.sum()))
 
 
 def _confusion(labels: np.ndarray, scores: np.ndarray) -> Confusion:

@@ -120,14 +120,17 @@ def train_step(trainer: Trainer, step: int, totals: Totals) -> float:
     runtime, model, optimizer = trainer.runtime, trainer.model, trainer.optimizer
     set_rates(optimizer, rate_factor(step, trainer.stream.num_steps, trainer.optim))
     slots = trainer.stream.slots(step)
-    local = np.zeros(3)  # loss sum, tokens, tokens with padding
+    sums = torch.zeros(3, dtype=torch.float64, device=runtime.device)
     batches = micro_batches(trainer, slots)
     for number, batch in enumerate(batches):
         with runtime.micro_step(model, last=number == len(batches) - 1):
             loss_sum = summed_loss(runtime, model, batch)
             runtime.backward(loss_sum, len(slots))
-        local += (loss_sum.item(), batch.tokens, batch.computed_tokens)
-    loss_total, tokens, computed_tokens = runtime.sum(local.tolist())
+        sums[0] += loss_sum.detach()
+    sums[1] = sum(batch.tokens for batch in batches)
+    sums[2] = sum(batch.computed_tokens for batch in batches)
+    # a host sync, with the norm below the only ones of a step: they decide whether to take it
+    loss_total, tokens, computed_tokens = runtime.sum(sums).tolist()
     norm = runtime.clip(model, trainer.spec.max_grad_norm)
     # both figures are the same on all ranks, so all take the same decision
     if math.isfinite(loss_total) and math.isfinite(norm):

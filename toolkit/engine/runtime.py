@@ -5,14 +5,18 @@ which one it is, except through Accelerate.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import WandBTracker
-from accelerate.utils import DistributedDataParallelKwargs, broadcast
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    broadcast,
+)
 from torch import Tensor, nn
 
 from toolkit.data.batches import Batch
@@ -29,6 +33,8 @@ class Runtime:
         self.accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision="bf16" if precision == "bf16" else "no",
+            # the loop divides by itself; without this, ACCELERATE_GRADIENT_ACCUMULATION_STEPS would
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             kwargs_handlers=[
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
             ],
@@ -99,13 +105,9 @@ class Runtime:
         """Clip the gradient and return its norm before that; NaN on all ranks if on any."""
         norm = self.accelerator.clip_grad_norm_(model.parameters(), max_norm)
         assert norm is not None
-        return float(norm)  # a host sync: the loop decides on it whether to take the step
+        return float(norm)
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Sum numbers over the ranks, in float64."""
-        return self.sum_tensor(torch.tensor(values, dtype=torch.float64)).tolist()
-
-    def sum_tensor(self, tensor: Tensor) -> Tensor:
+    def sum(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over the ranks."""
         return self.accelerator.reduce(tensor.to(self.device), reduction="sum")
 

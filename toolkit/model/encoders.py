@@ -21,9 +21,6 @@ HUB_ENCODERS = {
     ),
 }
 
-MODEL_TYPES = ("bert", "bert_with_head")
-"""A stock BERT, or one of our own best/ folders."""
-
 FILES = [
     "config.json",
     "model.safetensors",
@@ -53,6 +50,7 @@ def encoder_folder(encoder: str, revision: str | None, cache: Path) -> Path:
         "model",
         revision or known.commit,
         FILES,
+        required=["config.json", "model.safetensors", "tokenizer.json"],
         hint="--encoder minilm, or --encoder FOLDER with config.json, model.safetensors and a tokenizer",
     )
 
@@ -68,7 +66,7 @@ def check_encoder(folder: Path, max_length: int) -> None:
     except (OSError, ValueError) as error:
         raise DataError([f"encoder {folder} has no readable config.json ({error})"]) from error
     problems = []
-    if config.get("model_type") not in MODEL_TYPES:
+    if config.get("model_type") != "bert":
         problems.append(f"is of type {config.get('model_type')!r}; only BERT models can be used")
     if not (folder / "model.safetensors").exists():
         problems.append("has no model.safetensors; pickled weights are not loaded, they are code")

@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ from filelock import FileLock, Timeout
 
 from toolkit.errors import ConfigError
 from toolkit.files import publish_folder, sync, write_json, write_text
+
+OUR_FILES = {"status.json", "run.json", "config.yaml"}
+"""What tells a run folder from a folder of the user's."""
 
 
 class RunFolder:
@@ -36,7 +39,7 @@ class RunFolder:
         """The recorded status, or None if there is no run yet."""
         try:
             return json.loads((self.path / "status.json").read_text())["status"]
-        except FileNotFoundError:
+        except (OSError, ValueError, KeyError):
             return None
 
     def summary(self) -> dict[str, Any]:
@@ -48,8 +51,21 @@ class RunFolder:
         """Hold the folder as its only writer, with what an earlier run left moved aside.
 
         Raises:
-            ConfigError: when another process holds it.
+            ConfigError: when another process holds it, or it is no run folder.
         """
+        with self._lock():
+            self._move_aside()
+            self.path.mkdir()
+            yield
+
+    def record_failure(self, status: str, message: str) -> None:
+        """Record an end before the first step, unless a result or another process is there."""
+        with suppress(ConfigError), self._lock():
+            if self.status != "completed" and self._is_ours():
+                self.set_status(status, message=message)
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
         lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,17 +77,23 @@ class RunFolder:
             reason = f"cannot be written ({error.strerror}); name another with --output_dir"
             raise ConfigError([f"output_dir {self.path.parent} {reason}"]) from error
         try:
-            self._move_aside()
-            self.path.mkdir()
             yield
         finally:
             lock.release()
 
+    def _is_ours(self) -> bool:
+        """Tell whether the folder is absent, empty or a run's."""
+        names = {path.name for path in self.path.iterdir()} if self.path.exists() else set()
+        return not names or bool(names & OUR_FILES)
+
     def _move_aside(self) -> None:
-        """Keep an earlier run under another name, unless it ended before its first step."""
+        """Keep an earlier run under another name, unless it ended before it had anything to keep."""
         if not self.path.exists():
             return
-        if not (self.path / "metrics.jsonl").exists():
+        if not self._is_ours():
+            hint = "choose another --run_id or --output_dir"
+            raise ConfigError([f"{self.path} exists and is not a run folder; {hint}"])
+        if {path.name for path in self.path.iterdir()} <= OUR_FILES:
             shutil.rmtree(self.path)
             return
         number = 1

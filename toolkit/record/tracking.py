@@ -51,7 +51,7 @@ class Tracker:
 
 
 def wandb_settings(options: dict[str, Any], run_id: str, folder: Path) -> dict[str, Any]:
-    """Return the arguments of `wandb.init`, environment variables of W&B taking precedence."""
+    """Return the arguments of `wandb.init`, those of its variables that name places taking precedence."""
     return {
         "entity": os.environ.get("WANDB_ENTITY") or options["entity"],
         "group": os.environ.get("WANDB_RUN_GROUP") or options["group"],

@@ -1,0 +1,269 @@
+"""Local files: CSV, TSV, JSONL and Parquet, one file or a folder with a file for each split."""
+
+import csv
+import difflib
+import hashlib
+import itertools
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+from toolkit.data.rows import UNCLEAR_END, Row, Source, SourceSpec, Split, canonical, make_row
+from toolkit.errors import DataError
+
+SPLIT_WORDS = {
+    "train": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+}
+SPLIT_NAME = re.compile(rf"({'|'.join(SPLIT_WORDS)})([-_.].*)?", re.IGNORECASE)
+"""Names of a split's files and folders: train.csv, train-00000-of-00004.parquet, test_2.csv, dev."""
+DATA_LIKE = {".json", ".txt", ".gz", ".zip", ".xlsx", ".xls", ".arrow", ".feather", ".ndjson"}
+"""Formats that we do not read, and whose files should not be passed over in silence."""
+DELIMITERS = ",;\t|"
+
+
+def open_local(spec: SourceSpec, path: Path) -> Source:
+    """Find the files of a path and check that they have the named columns.
+
+    Raises:
+        DataError: listing the problems of all files.
+    """
+    files, problems = ({"train": [path]}, []) if path.is_file() else _files_by_split(path)
+    all_files = [(name, file) for name, paths in files.items() for file in paths]
+    problems += [
+        f"{file}: format is not one of {', '.join(READERS)}"
+        for _, file in all_files
+        if file.suffix.lower() not in READERS
+    ]
+    problems = problems or [p for _, file in all_files for p in _column_problems(file, spec)]
+    if problems:
+        raise DataError(problems)
+    splits = {
+        name: Split(name, _origin(path, name, paths), partial(_read_files, paths, spec))
+        for name, paths in files.items()
+    }
+    revision = hash_files(all_files)
+    if not spec.label_names:
+        return Source(splits, revision, label_values=None)
+    negative, positive = (name.strip() for name in spec.label_names.split(","))
+    values = (canonical(negative), canonical(positive))
+    return Source(splits, revision, (negative, positive), values)
+
+
+def hash_files(files: list[tuple[str, Path]]) -> str:
+    """Hash splits, names and contents; about a second for each gigabyte."""
+    digest = hashlib.sha256()
+    for split, path in files:
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{split}\0{path.name}\0{content}\0".encode())
+    return digest.hexdigest()
+
+
+def _files_by_split(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
+    """Sort a folder's files by split, and complain about those that fit nowhere."""
+    files: dict[str, list[Path]] = {}
+    problems = []
+    for path in sorted(folder.rglob("*")):
+        suffix, parts = path.suffix.lower(), path.relative_to(folder).parts
+        hidden = any(part.startswith(".") for part in parts)
+        if not path.is_file() or hidden or suffix not in {*READERS, *DATA_LIKE}:
+            continue
+        match = SPLIT_NAME.fullmatch(parts[0]) or SPLIT_NAME.fullmatch(path.name)
+        if match:
+            files.setdefault(SPLIT_WORDS[match[1].lower()], []).append(path)
+        else:
+            problems.append(f"{path}: name it train, validation or test, or take it out")
+    for name, paths in files.items():
+        if len({file.suffix.lower() for file in paths}) > 1:
+            found = ", ".join(file.name for file in paths[:5])
+            problems.append(f"{folder}: {name} is there in several formats ({found}); keep one")
+    if "train" not in files:
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing"
+        problems.append(
+            f"{folder}: found no train file; a folder holds train{' or train'.join(READERS)} and, "
+            f"if you have them, validation.* and test.*; it has {found}"
+        )
+    return files, problems
+
+
+def _origin(path: Path, name: str, paths: list[Path]) -> str:
+    """Say where rows come from, the way that messages name it."""
+    return paths[0].name if len(paths) == 1 else f"{path.name}/{name}* ({len(paths)} files)"
+
+
+def _columns(spec: SourceSpec) -> list[str]:
+    return [name.strip() for name in spec.text_column.split(",")] + [spec.label_column]
+
+
+def _column_problems(path: Path, spec: SourceSpec) -> list[str]:
+    """Check that a file can be opened, has rows, and has the named columns."""
+    if path.stat().st_size == 0:
+        return [f"{path}: the file is empty"]
+    try:
+        found = _column_names(path, spec)
+    except UNREADABLE as error:
+        return [_unreadable(path, spec, error)]
+    if found is None:
+        return [f"{path}: has no rows"]
+    problems = []
+    for name in _columns(spec):
+        if name not in found:
+            close = difflib.get_close_matches(name, found, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            flag = "--label_column" if name == spec.label_column else "--text_column"
+            problems.append(
+                f"{path}: has no column {name!r}, it has {found}; name it with {flag}{hint}"
+            )
+    return problems
+
+
+def _column_names(path: Path, spec: SourceSpec) -> list[str] | None:
+    """Return a file's columns, or None when it has no row."""
+    if path.suffix.lower() == ".parquet":
+        import pyarrow.parquet
+
+        file = pyarrow.parquet.ParquetFile(path)
+        return file.schema_arrow.names if file.metadata.num_rows else None
+    with open_text(path, spec) as lines:
+        if path.suffix.lower() == ".jsonl":
+            return _json_columns(lines)
+        header = next(csv.reader(lines, delimiter=_delimiter(path, spec)), None)
+        return header if next(lines, None) is not None else None
+
+
+def _json_columns(lines: TextIO) -> list[str] | None:
+    """Return the keys of the first objects, which may lack optional ones; None without any line."""
+    first = list(itertools.islice((line for line in lines if line.strip()), 100))
+    found: dict[str, None] = {}
+    for line in first:
+        row = _json_object(line)
+        found |= dict.fromkeys(row or {})
+    return list(found) if first else None
+
+
+def _unreadable(path: Path, spec: SourceSpec, error: Exception) -> str:
+    return f"{path}: cannot be read as {path.suffix[1:]} in {spec.encoding}: {error}"
+
+
+def open_text(path: Path, spec: SourceSpec) -> TextIO:
+    """Open a text file so that bytes which do not decode survive as lone surrogates, row by row."""
+    with path.open("rb") as file:
+        start = file.read(2)
+    is_utf8 = spec.encoding.lower().replace("-", "") == "utf8"
+    if is_utf8 and start in (b"\xff\xfe", b"\xfe\xff"):
+        raise ValueError("it starts with a UTF-16 mark; add --encoding utf-16")
+    encoding = "utf-8-sig" if is_utf8 else spec.encoding
+    return path.open(encoding=encoding, errors="surrogateescape", newline="")
+
+
+def _delimiter(path: Path, spec: SourceSpec) -> str:
+    """Return the delimiter under which the header has the named columns, else the usual one."""
+    usual = "\t" if path.suffix.lower() == ".tsv" else ","
+    with open_text(path, spec) as lines:
+        first = next(lines, "")
+    for delimiter in usual + DELIMITERS:
+        header = next(csv.reader([first], delimiter=delimiter), [])
+        if set(_columns(spec)) <= set(header):
+            return delimiter
+    return usual
+
+
+def _read_files(paths: list[Path], spec: SourceSpec) -> Iterator[Row]:
+    for path in paths:
+        try:
+            yield from READERS[path.suffix.lower()](path, spec)
+        except UNREADABLE as error:
+            raise DataError([_unreadable(path, spec, error)]) from error
+
+
+def _read_csv(path: Path, spec: SourceSpec) -> Iterator[Row]:
+    csv.field_size_limit(sys.maxsize)  # a review may be longer than the default of 128 KiB
+    with open_text(path, spec) as lines:
+        # strict: a stray quote is an error instead of swallowing the rows up to the next quote
+        rows = csv.reader(lines, delimiter=_delimiter(path, spec), strict=True)
+        header = next(rows)
+        places = [header.index(name) for name in _columns(spec)]
+        while True:
+            try:
+                cells = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                where = f"up to line {rows.line_num}: {error}"
+                yield Row(where, None, problem=UNCLEAR_END)
+                continue
+            if cells:  # else a blank line
+                yield _csv_row(cells, len(header), places)
+
+
+def _csv_row(cells: list[str], width: int, places: list[int]) -> Row:
+    if len(cells) != width:
+        problem = f"{len(cells)} fields where the header has {width}"
+        return Row(" | ".join(cells), None, problem=problem)
+    *parts, label = (cells[place] for place in places)
+    return make_row(parts, label)
+
+
+def _read_jsonl(path: Path, spec: SourceSpec) -> Iterator[Row]:
+    columns = _columns(spec)
+    with open_text(path, spec) as lines:
+        for line in lines:
+            if line.strip():
+                yield _json_row(line, columns)
+
+
+def _json_row(line: str, columns: list[str]) -> Row:
+    row = _json_object(line)
+    if row is None:
+        return Row(line.strip(), None, problem="not a JSON object")
+    *parts, label = (row.get(name) for name in columns)
+    return make_row(parts, label)
+
+
+def _json_object(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _read_parquet(path: Path, spec: SourceSpec) -> Iterator[Row]:
+    import pyarrow.parquet
+
+    columns = _columns(spec)
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024, columns=columns):
+        for *parts, label in zip(*(_values(batch[name]) for name in columns), strict=True):
+            yield make_row(parts, label)
+
+
+def _values(column: Any) -> list[Any]:
+    """Return a column as a list; text that is not UTF-8 keeps its bytes as lone surrogates."""
+    import pyarrow
+
+    kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        return column.to_pylist()
+    cells = column.cast(kind).cast(pyarrow.large_binary()).to_pylist()
+    return [None if cell is None else cell.decode(errors="surrogateescape") for cell in cells]
+
+
+UNREADABLE = (UnicodeError, LookupError, csv.Error, ValueError, OSError)
+"""What readers raise on a file that is not what its name says; pyarrow's errors are ValueErrors."""
+
+Reader = Callable[[Path, SourceSpec], Iterator[Row]]
+READERS: dict[str, Reader] = {
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
