@@ -43,6 +43,10 @@ def test_wilson_is_scipys(successes: int, failures: int) -> None:
     assert wilson(successes, trials) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
+def test_bounds_of_all_and_nothing_are_exact() -> None:
+    assert all(wilson(n, n)[1] == 1.0 and wilson(0, n)[0] == 0.0 for n in range(1, 2000))
+
+
 def test_five_of_five_is_not_certainty() -> None:
     estimate = estimates(Confusion(tp=3, tn=2))["accuracy"]
     assert estimate.value == 1.0

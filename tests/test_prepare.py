@@ -118,10 +118,6 @@ def test_the_fingerprint_covers_what_matters(
     assert build_cache(moved, tiny_encoder, tmp_path).folder == first  # same content elsewhere
     with (other_rows / "train.csv").open("a") as file:
         file.write("one more,pos\n")
-    swapped = tmp_path / "swapped"
-    swapped.mkdir()
-    for name, other in (("train.csv", "test.csv"), ("test.csv", "train.csv")):
-        (swapped / name).write_bytes((tiny_data / other).read_bytes())
     other_encoder = tmp_path / "encoder"
     other_encoder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -133,9 +129,22 @@ def test_the_fingerprint_covers_what_matters(
         build_cache(replace(spec, max_length=8), tiny_encoder, tmp_path).folder,
         build_cache(replace(spec, train_rows=10), tiny_encoder, tmp_path).folder,
         build_cache(replace(spec, split_seed=1), tiny_encoder, tmp_path).folder,
-        build_cache(replace(spec, dataset=str(swapped)), tiny_encoder, tmp_path).folder,
     }
-    assert len(folders | {first}) == 7
+    assert len(folders | {first}) == 6
+
+
+def test_a_file_moved_to_another_split_makes_another_cache(
+    tiny_data: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    content = (tiny_data / "train.csv").read_bytes()
+    for name in ("test/a.csv", "train/b.csv", "train/c.csv"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_bytes(content)
+    spec = DataSpec(str(tmp_path / "data"))
+    before = build_cache(spec, tiny_encoder, tmp_path)
+    (tmp_path / "data" / "train" / "b.csv").rename(tmp_path / "data" / "test" / "b.csv")
+    after = build_cache(spec, tiny_encoder, tmp_path)
+    assert (len(before.splits["test"]), len(after.splits["test"])) == (120, 240)
 
 
 def test_a_damaged_cache_is_refused(tiny_data: Path, tiny_encoder: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """End to end on a tiny real configuration: files, lines, outcomes, and what people do wrong."""
 
+import csv
 import json
 import os
 import shutil
@@ -61,6 +62,7 @@ def test_a_run_from_start_to_end(tiny_flags: list[str], processes: int) -> None:
     assert [row["step"] for row in lines(folder, "eval")] == sorted(
         {*ends_of_epochs, 10, 20, 30, 40}
     )
+    assert {row["eval/n"] for row in lines(folder, "eval")} == {12}, "validation picks the best"
     [test] = lines(folder, "test")
     assert test["test/n"] == 41
     last = lines(folder, "train")[-1]
@@ -89,15 +91,29 @@ def finished(tiny_flags: list[str], capsys: pytest.CaptureFixture[str]) -> tuple
     return flags, only_run(flags)
 
 
-def test_the_best_model_loads_like_any_other(finished: tuple[list[str], Path]) -> None:
+def test_the_best_model_loads_like_any_other_and_gave_the_predictions(
+    tiny_flags: list[str], tiny_data: Path
+) -> None:
+    """The rate is so high at the end that the last model is not the best one."""
     from toolkit.model.classifier import HeadClassifier
 
-    _, folder = finished
+    flags = ["--epochs=4", "--schedule=constant", "--lr=0.01", "--eval_every=2", "--precision=fp32"]
+    assert main([*tiny_flags, *flags]) == 0
+    folder = only_run(tiny_flags)
     model = HeadClassifier.from_pretrained(folder / "best").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder / "best")
-    logits = model(**tokenizer(["it is great"], return_tensors="pt")).logits
-    assert logits.shape == (1, 2)
+    with (tiny_data / "test.csv").open(newline="") as file:
+        texts = [row["text"] for row in csv.DictReader(file)]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True)
+    scores = model(**inputs).logits.softmax(-1)[:, 1].tolist()
+    table = pyarrow.parquet.read_table(folder / "predictions.parquet").to_pydict()
+    assert table["score"] == pytest.approx(scores, abs=1e-5)
     assert model.config.id2label == {0: "negative", 1: "positive"}
+    best = read(folder / "summary.json")["validation"]["step"]
+    assert (folder / "best").readlink().name == f"best-step-{best:06d}"
+    assert best < max(row["step"] for row in lines(folder, "train")), (
+        "the last is not the best here"
+    )
     card = ModelCard.load(folder / "best" / "README.md")
     assert card.data.eval_results[0].dataset_name.endswith("(validation)")
 
