@@ -286,6 +286,33 @@ def test_folders_that_cannot_be_written(
     assert "--cache_dir" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "status", "said"),
+    [
+        (KeyboardInterrupt(), 130, "crashed", "interrupted; the same command starts"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, "oom", "--grad_accum 2"),
+    ],
+)
+def test_interruption_and_lack_of_memory(
+    tiny_flags: list[str],
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    code: int,
+    status: str,
+    said: str,
+) -> None:
+    from toolkit.engine.runtime import Runtime
+
+    def fail(*_: object) -> None:
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runtime, "clip", fail)
+        assert main(tiny_flags) == code
+    assert read(only_run(tiny_flags) / "status.json")["status"] == status
+    assert said in capsys.readouterr().err
+
+
 def test_two_runs_do_not_share_a_folder(
     tiny_flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

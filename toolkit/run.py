@@ -40,9 +40,9 @@ def run(config: RunConfig, tokens: TokenCache, encoder: Path, folder: RunFolder)
         except BaseException as error:
             if runtime.is_main:
                 folder.set_status(_status(error), message=str(error) or type(error).__name__)
-            if isinstance(error, ToolkitError):
+            if isinstance(error, ToolkitError | KeyboardInterrupt):
                 raise
-            complain(f"rank {runtime.rank}:\n{traceback.format_exc()}")
+            complain(f"rank {runtime.rank}:\n{traceback.format_exc()}{_advice(error)}")
             return 1
         runtime.end()
     return 0
@@ -52,6 +52,15 @@ def _status(error: BaseException) -> str:
     if isinstance(error, ToolkitError):
         return error.status
     return "oom" if isinstance(error, torch.OutOfMemoryError | MemoryError) else "crashed"
+
+
+def _advice(error: BaseException) -> str:
+    if _status(error) != "oom":
+        return ""
+    return (
+        "Out of memory: --grad_accum 2 (or more) or --max_tokens N split a step into micro-batches, "
+        "and the result stays the same."
+    )
 
 
 class Run:

@@ -41,6 +41,10 @@ def main(argv: list[str] | None = None) -> int:
         else:
             time.sleep(5)  # the launcher ends all processes with the first that fails: let it speak
         return getattr(error, "exit_code", 1)
+    except KeyboardInterrupt:
+        if turn.is_first:
+            complain("error: interrupted; the same command starts the run again")
+        return 130
 
 
 def start(config: RunConfig, turn: Turn) -> int:
