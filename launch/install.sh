@@ -12,4 +12,5 @@ python=${PYTHON:-python3}
     exit 2
 }
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+echo "Installing into $venv (pip prints nothing; the packages take 1.5 GB, with CUDA more) ..."
 "$venv/bin/python" -m pip install --quiet --constraint "$root/constraints.txt" --editable "$root${1:+[$1]}"

@@ -8,4 +8,4 @@ venv=${VENV:-$root/.venv}
 "$root/launch/install.sh"
 device=$("$venv/bin/python" -c 'import torch; print("gpu" if torch.cuda.is_available() else "cpu")')
 exec "$venv/bin/accelerate" launch --config_file "$root/launch/$device.yaml" \
-    "$root/toolkit/train.py" --head v2 "$@"
+    --num_cpu_threads_per_process "$(nproc)" "$root/toolkit/train.py" --head v2 "$@"

@@ -18,7 +18,7 @@ from toolkit.data.steps import cost
 from toolkit.engine.runtime import Runtime
 from toolkit.errors import DataError
 from toolkit.model.classifier import ClassifierSpec, HeadClassifier, build_classifier
-from toolkit.model.encoders import check_encoder
+from toolkit.model.encoders import check_encoder, encoder_folder
 from toolkit.model.heads import HEADS, HeadOptions, build_head
 
 NAMES = ("neg", "pos")
@@ -205,6 +205,8 @@ def test_other_models_pickled_weights_and_long_sequences_are_refused(
         "64 positions, less than max_length (65)",
     ):
         assert part in text
+    with pytest.raises(DataError, match="is no folder; names are minilm, bert-base"):
+        encoder_folder("./nowhere", None, tmp_path)
     with pytest.raises(DataError, match="no readable"):
         check_encoder(tmp_path, 64)
 

@@ -61,7 +61,7 @@ def test_all_problems_at_once_with_names_and_ranges(tmp_path: Path) -> None:
     file.write_text("batch_sise: 4\nepochs: -1\n")
     found = problems(
         "--lr=fast", "--hed=v1", f"--config={file}", "--grad_accum=0", "--precision=fp8", "stray",
-        "--config=absent.yaml", "--batch_size=2.5", "-x", "--head=v9", "--lr",
+        "--config=absent.yaml", "--batch_size=2.5", "-seed", "--head=v9", "--lr",
     )  # fmt: skip
     text = "\n".join(found)
     assert len(found) == 12
@@ -72,11 +72,11 @@ def test_all_problems_at_once_with_names_and_ranges(tmp_path: Path) -> None:
         "epochs got -1, allowed is float in (0, inf)",
         "grad_accum got 0, allowed is int in [1, inf)",
         "precision got 'fp8', allowed is one of bf16, fp32",
-        "stray: is not a flag",
+        "stray: is not a flag (flags start with --)",
         "absent.yaml: cannot be read",
         "batch_size got 2.5",
         "--lr: has no value",
-        "-x: is not a flag; did you mean --x?",
+        "-seed: is not a flag; did you mean --seed?",
         "head got 'v9', allowed is one of v1, v2, v3",
     ):
         assert part in text
@@ -95,6 +95,7 @@ def test_all_problems_at_once_with_names_and_ranges(tmp_path: Path) -> None:
         (["--wandb=None"], ("wandb", "project")),
         (["--wandb={'projct': 1}"], ("wandb", "projct")),
         (["--run_id=../x"], ("run_id", "letters")),
+        (["--encoding=latin1x"], ("encoding", "latin1x")),
     ],
 )
 def test_conflicts_name_both_sides(argv: list[str], names: tuple[str, ...]) -> None:
@@ -117,6 +118,8 @@ def test_the_written_config_gives_the_same_config(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(config.to_yaml())
     assert parse([f"--config={file}"]) == config
+    changed = parse([f"--config={file}", "--lr=1e-3"])
+    assert changed.run_id == parse(["--lr=1e-3", "--max_grad_norm=inf", "--seed=7"]).run_id
     assert yaml.safe_load(file.read_text())["seed"] == 7
 
 

@@ -28,7 +28,7 @@ def test_plain_lines_with_eta(
         progress.update(5, FIGURES)
         progress.note("validation")
     printed = capsys.readouterr().out
-    assert printed.startswith("step 5/10  loss 0.2500  lr 1.00e-05  20.0 reviews/s")
+    assert printed.startswith("step 5/10  at 5: loss 0.2500  lr 1.00e-05  20.0 reviews/s")
     assert "2000 tokens/s  padding 12.5%  ETA 0:00:0" in printed
     assert printed.endswith("validation\n")
 

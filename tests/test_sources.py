@@ -110,6 +110,8 @@ def test_usual_label_pairs_need_no_flag(
 def test_other_label_names_and_columns(tmp_path: Path) -> None:
     path = write(tmp_path / "x.csv", "title,body,verdict\nT,nice,thumbs up\n,bah,Thumbs Down\n")
     assert "--label_names" in complaints(path, text_column="title,body", label_column="verdict")
+    write(tmp_path / "y.csv", "review;verdict\na;1\n")
+    assert "it has ['review', 'verdict']" in complaints(tmp_path / "y.csv")
     rows = usable(
         path,
         text_column="title,body",
@@ -135,7 +137,7 @@ def test_all_problems_in_one_error_with_at_most_20_rows(tmp_path: Path) -> None:
     for part in (
         "1 row with null text: 3",
         "1 row with text that is not a string: 4",
-        "1 row with null label: 38",
+        "1 row with no label: 38",
         "2 rows with not a JSON object: 5, 6",
         "30 rows with label 'postive', which is neither 'neg' nor 'pos'",
         "26 and 10 more",
@@ -163,7 +165,6 @@ def test_broken_csv(tmp_path: Path) -> None:
         ("x.csv", "text,label\n", "has no rows"),
         ("x.jsonl", "\n", "has no rows"),
         ("x.csv", "txt,label\na,1\n", "has no column 'text', it has ['txt', 'label']"),
-        ("x.csv", "text,label\na,1\nb,1\n", "--label_names"),
         ("x.xlsx", "PK", "format is not one of"),
         ("x.parquet", "no parquet", "cannot be read as parquet"),
     ],
@@ -252,6 +253,17 @@ def test_stars_are_no_pair_and_never_guessed(tmp_path: Path) -> None:
     )
     for bad_rows in ("error", "quarantine"):
         assert "['1', '2', '3', '4', '5']" in complaints(path, bad_rows=bad_rows)
+
+
+def test_a_few_odd_labels_do_not_hide_the_pair(tmp_path: Path) -> None:
+    lines = [f"a,{n % 2}" for n in range(30)] + ["b,7", "c,"]
+    path = write(tmp_path / "x.csv", "\n".join(["text,label", *lines]))
+    text = complaints(path)
+    assert "1 row with label '7', which is neither '0' nor '1': 31" in text
+    assert "1 row with no label: 32" in text
+    assert "To go on without these rows" in text
+    assert len(usable(path, bad_rows="quarantine")) == 30
+    assert "two are needed" in complaints(write(tmp_path / "y.csv", "text,label\na,1\nb,1\n"))
 
 
 def test_many_kinds_of_problems_stay_readable(tmp_path: Path) -> None:

@@ -171,11 +171,12 @@ def hub_folder(
         offline = not _hub_answers(repository, kind)
         return Path(get(allow_patterns=patterns, local_files_only=offline))
     except Exception as error:  # some ten types, from sockets to missing repositories; all end here
-        reason = " ".join(str(error).split())[:300]
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if isinstance(error, LocalEntryNotFoundError):
+            reason = "the hub does not answer, and its cache here does not hold all of it"
         raise DataError(
             [
-                f"cannot get the {kind} {repository} at {revision} from the hub or from its cache "
-                f"({type(error).__name__}: {reason})\n"
+                f"cannot get the {kind} {repository} at {revision} from the hub: {reason}\n"
                 f"    Without network: {hint};\n"
                 "    or set HF_HOME to a cache that holds it"
             ]

@@ -8,6 +8,7 @@ YAML files and summaries.
 """
 
 import ast
+import codecs
 import dataclasses
 import difflib
 import hashlib
@@ -176,8 +177,14 @@ class RunConfig:
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
-        """Return the configuration as YAML that `--config` accepts."""
-        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+        """Return the configuration as YAML that `--config` accepts.
+
+        A run id that follows from the rest is left out: with another flag besides, it would be wrong.
+        """
+        values = dataclasses.asdict(self)
+        if self.run_id == _hashed_run_id(self):
+            values["run_id"] = None
+        return yaml.safe_dump(values, sort_keys=False)
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(RunConfig)}
@@ -269,7 +276,9 @@ def _items(tokens: list[str]) -> tuple[list[Item], list[str]]:
     for token in tokens:
         key, has_value, value = token.partition("=")
         if not key.startswith("--"):
-            problems.append(f"{token}: is not a flag; did you mean --{token.lstrip('-')}?")
+            name = token.lstrip("-")
+            hint = f"; did you mean --{name}?" if name in FIELDS else " (flags start with --)"
+            problems.append(f"{token}: is not a flag{hint}")
         elif key == "--config":
             try:
                 items += _file_items(value)
@@ -385,6 +394,12 @@ def _conflicts(config: RunConfig) -> list[str]:
         names = [name.strip() for name in config.label_names.split(",")]
         if len(names) != 2 or len(set(names)) != 2 or not all(names):
             found.append(f"label_names must be two different names, got {config.label_names!r}")
+    try:
+        codecs.lookup(config.encoding)
+    except LookupError:
+        found.append(
+            f"encoding got {config.encoding!r}, allowed are utf-8, latin-1, cp1252, utf-16 ..."
+        )
     if config.run_id is not None and not RUN_ID.fullmatch(config.run_id):
         found.append(
             f"run_id got {config.run_id!r}, allowed are letters, digits and . _ - (at most 64)"
@@ -415,7 +430,11 @@ def head_names() -> list[str]:
 def _default_run_id(config: RunConfig) -> str:
     """Keep the id that a W&B agent gave, else hash what defines the run."""
     agent_id = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
-    return agent_id or f"{config.head}-{config.hash()[:10]}"
+    return agent_id or _hashed_run_id(config)
+
+
+def _hashed_run_id(config: RunConfig) -> str:
+    return f"{config.head}-{config.hash()[:10]}"
 
 
 def cache_dir(config: RunConfig) -> Path:

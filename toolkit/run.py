@@ -178,6 +178,7 @@ class Run:
                 "encoder": config.encoder,
                 "labels": ", ".join(self.tokens.label_names),
                 "step": step,
+                "folder": (self.folder.path / "best").absolute(),
             }
             with self.folder.best_model(step) as aside:
                 save_model(self.runtime.unwrap(self.model), self.encoder, aside, card, self.best)

@@ -66,6 +66,8 @@ def start(config: RunConfig, turn: Turn) -> int:
         say(describe(tokens))
         say(describe_plan(config, len(tokens.splits["train"])))
     if config.dry_run:
+        if turn.is_main:
+            say("Dry run: nothing was trained.")
         return 0
     from toolkit.run import run  # imports torch, which takes a second
 

@@ -166,15 +166,13 @@ def open_text(path: Path, spec: SourceSpec) -> TextIO:
 
 
 def _delimiter(path: Path, spec: SourceSpec) -> str:
-    """Return the delimiter under which the header has the named columns, else the usual one."""
+    """Return the delimiter under which the header has the named columns, else most columns."""
     usual = "\t" if path.suffix.lower() == ".tsv" else ","
     with open_text(path, spec) as lines:
         first = next(lines, "")
-    for delimiter in usual + DELIMITERS:
-        header = next(csv.reader([first], delimiter=delimiter), [])
-        if set(_columns(spec)) <= set(header):
-            return delimiter
-    return usual
+    headers = {mark: next(csv.reader([first], delimiter=mark), []) for mark in usual + DELIMITERS}
+    fitting = [mark for mark, header in headers.items() if set(_columns(spec)) <= set(header)]
+    return fitting[0] if fitting else max(headers, key=lambda mark: len(headers[mark]))
 
 
 def _read_files(paths: list[Path], spec: SourceSpec) -> Iterator[Row]:

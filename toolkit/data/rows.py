@@ -66,8 +66,8 @@ def canonical(label: Any) -> str:
 def make_row(parts: list[Any], label: Any) -> Row:
     """Join the text columns; a title that is null counts as absent when there is other text."""
     present = [part for part in parts if part is not None]
-    if label is None:
-        return Row(_raw(present), label, problem="null label")
+    if label is None or label == "":
+        return Row(_raw(present), label, problem="no label")
     if not present:
         return Row("", label, problem="null text")
     if not all(isinstance(part, str) for part in present):

@@ -71,8 +71,9 @@ def _carve(
 ) -> np.ndarray:
     """Take about `count` rows with the classes in their proportions; by whole groups if there are any."""
     if count >= len(rows):
+        few = f"{split.split.origin} has {len(rows)} rows left"
         raise DataError(
-            [f"{purpose}: {count} rows asked for, {split.split.origin} has {len(rows)} to give"]
+            [f"{few}, too few to take {count} for {purpose} and keep some for training"]
         )
     if (split.groups[rows] >= 0).any():
         return _carve_groups(split, rows, count, seed, purpose)

@@ -1,6 +1,7 @@
 """One pass over a source that finds every row which cannot be used, before anything is built on it."""
 
 from array import array
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,19 +55,17 @@ def check(source: Source, bad_rows: str) -> dict[str, CheckedSplit]:
         DataError: listing all problems of all splits.
     """
     scans = {name: _scan(split) for name, split in source.splits.items()}
-    values = source.label_values or _usual_pair(scans)
+    labels = sum((scan.labels() for scan in scans.values()), Counter())
+    values = source.label_values or _usual_pair(labels)
     checked = {name: _apply_labels(scan, values) for name, scan in scans.items()}
-    problems = []
-    if values is None:
-        problems.append(_no_pair(scans))
+    problems = [] if values else [_no_pair(labels)]
     for split in checked.values():
         problems += _row_problems(split, only_unclear=bad_rows == "quarantine")
-    if problems and bad_rows == "error" and values is not None:
-        problems.append("to go on without these rows: --bad_rows quarantine")
-    if values is not None:
-        problems += [text for split in checked.values() for text in _missing_classes(split, values)]
-    if problems:
-        raise DataError(problems)
+    missing = [text for split in checked.values() for text in _missing_classes(split, values)]
+    if problems and bad_rows == "error" and not missing:
+        problems[-1] += "\n    To go on without these rows: --bad_rows quarantine"
+    if problems + missing:
+        raise DataError(problems + missing)
     return checked
 
 
@@ -81,10 +80,12 @@ class _Scan:
     problem_kinds: list[str]
     groups: np.ndarray
 
-    def labels(self) -> set[str]:
-        """Return the labels of the rows that have no other problem."""
-        codes = np.unique(self.label_codes[self.problem_codes == 0])
-        return {self.label_kinds[code] for code in codes}
+    def labels(self) -> Counter[str]:
+        """Count the labels of the rows that have no other problem."""
+        counts = np.bincount(self.label_codes[self.problem_codes == 0])
+        return Counter(
+            {self.label_kinds[code]: int(counts[code]) for code in np.flatnonzero(counts)}
+        )
 
 
 def _scan(split: Split) -> _Scan:
@@ -114,23 +115,26 @@ def _code(codes: dict[str, int], kind: str) -> int:
     return codes.setdefault(kind, len(codes))
 
 
-def _usual_pair(scans: dict[str, _Scan]) -> tuple[str, str] | None:
+def _usual_pair(labels: Counter[str]) -> tuple[str, str] | None:
     """Find the usual pair of values among the labels; None if there is not just one.
 
-    1 and 2 among 1 to 5 are no pair: numbers have to be the only numbers.
+    1 and 2 among 1 to 5 are no pair: a pair of numbers has to be nine in ten of the numbers.
     """
-    found = set().union(*(scan.labels() for scan in scans.values()))
-    numbers = {label for label in found if label.lstrip("+-").replace(".", "", 1).isdigit()}
+    numbers = {label for label in labels if label.lstrip("+-").replace(".", "", 1).isdigit()}
+    all_numbers = sum(labels[label] for label in numbers)
     pairs = [
         pair
         for pair in USUAL_PAIRS
-        if set(pair) <= found and (not set(pair) & numbers or set(pair) == numbers)
+        if set(pair) <= set(labels)
+        and (not set(pair) & numbers or labels[pair[0]] + labels[pair[1]] >= 0.9 * all_numbers)
     ]
     return pairs[0] if len(pairs) == 1 else None
 
 
-def _no_pair(scans: dict[str, _Scan]) -> str:
-    found = sorted(set().union(*(scan.labels() for scan in scans.values())))
+def _no_pair(labels: Counter[str]) -> str:
+    found = sorted(labels)
+    if len(found) == 1:
+        return f"all rows have the label {found[0]!r}; two are needed"
     return (
         f"cannot tell which two labels are meant, the rows have {found[:SHOWN_KINDS]}; name them, the "
         "negative one first: --label_names NEGATIVE,POSITIVE (a wrong --label_column looks like this "
@@ -175,7 +179,7 @@ def _row_problems(split: CheckedSplit, *, only_unclear: bool) -> list[str]:
     return texts
 
 
-def _missing_classes(split: CheckedSplit, values: tuple[str, str]) -> list[str]:
+def _missing_classes(split: CheckedSplit, values: tuple[str, str] | None) -> list[str]:
     present = np.unique(split.labels[split.usable])
-    absent = [value for number, value in enumerate(values) if number not in present]
+    absent = [value for number, value in enumerate(values or ()) if number not in present]
     return [f"{split.split.origin}: no usable row has the label {value!r}" for value in absent]

@@ -97,12 +97,12 @@ def train(trainer: Trainer, hooks: Hooks, first_step: int = 0) -> Totals:
             raise DivergedError(
                 f"{spec.max_skipped + 1} steps had a loss or gradient that is not finite"
             )
-        hooks.on_step(done)
         if done % spec.log_every == 0 or done == stream.num_steps:
             factor = rate_factor(step, stream.num_steps, trainer.optim)
             hooks.on_log(done, _figures(recent, norm, factor * trainer.optim.lr))
             _add(overall, recent)
             recent = Totals()
+        hooks.on_step(done)
         if stream.ends_epoch(step) or (spec.eval_every and done % spec.eval_every == 0):
             before = time.monotonic()
             hooks.on_eval(done)

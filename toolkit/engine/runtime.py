@@ -35,9 +35,7 @@ class Runtime:
             mixed_precision="bf16" if precision == "bf16" else "no",
             # the loop divides by itself; without this, ACCELERATE_GRADIENT_ACCUMULATION_STEPS would
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
-            ],
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
         self.rank = self.accelerator.process_index
         self.world_size = self.accelerator.num_processes

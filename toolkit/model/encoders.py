@@ -21,6 +21,8 @@ HUB_ENCODERS = {
     ),
 }
 
+NAMES = ("minilm", *HUB_ENCODERS)
+
 FILES = [
     "config.json",
     "model.safetensors",
@@ -44,6 +46,8 @@ def encoder_folder(encoder: str, revision: str | None, cache: Path) -> Path:
         return fetch(MINILM, cache)
     if folder.is_dir():
         return folder.absolute()
+    if encoder.startswith((".", "/", "~")) or encoder.count("/") > 1:
+        raise DataError([f"encoder {encoder} is no folder; names are {', '.join(NAMES)}"])
     known = HUB_ENCODERS.get(encoder, HubModel(encoder, "main"))
     return hub_folder(
         known.repository,
@@ -51,7 +55,8 @@ def encoder_folder(encoder: str, revision: str | None, cache: Path) -> Path:
         revision or known.commit,
         FILES,
         required=["config.json", "model.safetensors", "tokenizer.json"],
-        hint="--encoder minilm, or --encoder FOLDER with config.json, model.safetensors and a tokenizer",
+        hint="--encoder minilm, or --encoder FOLDER with config.json, model.safetensors and "
+        "tokenizer.json",
     )
 
 

@@ -19,10 +19,11 @@ BERT classifier with head **{head}**, trained on `{dataset}` from the encoder `{
 
 ```python
 from toolkit.model.classifier import HeadClassifier
-from transformers import AutoTokenizer
+from transformers import BertTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("best")
-model = HeadClassifier.from_pretrained("best").eval()
+folder = "{folder}"
+tokenizer = BertTokenizer.from_pretrained(folder)
+model = HeadClassifier.from_pretrained(folder).eval()
 logits = model(**tokenizer(["Great sound."], return_tensors="pt")).logits
 ```
 

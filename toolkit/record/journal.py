@@ -21,6 +21,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from toolkit.console import say
 from toolkit.errors import ConfigError
 from toolkit.files import publish_folder, sync, write_json, write_text
 
@@ -100,6 +101,7 @@ class RunFolder:
         while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
             number += 1
         self.path.rename(aside)
+        say(f"An earlier run of this id is kept as {aside}")
 
     def begin(self, config_yaml: str, provenance: dict[str, Any]) -> None:
         """Write what is known before the first step."""

@@ -40,7 +40,7 @@ class TrainingProgress:
     def update(self, done: int, values: dict[str, Any] | None = None) -> None:
         """Report that `done` steps are done, with new figures if there are any."""
         if values:
-            self.figures = _figures(values)
+            self.figures = _figures(done, values)
         if self.bar:
             self.bar.update(self.task, completed=done, figures=self.figures)
         elif self.enabled and self._is_due(done, bool(values)):
@@ -69,10 +69,10 @@ def _bar() -> Progress:
     )
 
 
-def _figures(values: dict[str, Any]) -> str:
+def _figures(step: int, values: dict[str, Any]) -> str:
     loss = values["train/loss"]
     return (
-        f"loss {'n/a' if loss is None else format(loss, '.4f')}  lr {values['train/lr']:.2e}  "
+        f"at {step}: loss {'n/a' if loss is None else format(loss, '.4f')}  lr {values['train/lr']:.2e}  "
         f"{values['train/reviews_per_s']:.1f} reviews/s  {values['train/tokens_per_s']:.0f} tokens/s  "
         f"padding {values['train/padding']:.1%}"
     )
