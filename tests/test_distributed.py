@@ -76,6 +76,37 @@ def test_evaluation_counts_every_row_once(results: Path, world_size: int) -> Non
     assert report["evaluated"] == {str(n): n for n in (0, 1, 2, 3, 4, 23, 41)}
 
 
+def test_the_reducer_is_gone_before_the_process_group(
+    tiny_flags: list[str], tmp_path: Path
+) -> None:
+    """Else torch 2.13 hangs at the end of some runs; see `Runtime.end`."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        """
+import gc, sys
+from accelerate import Accelerator
+from torch.nn.parallel import DistributedDataParallel
+from toolkit.train import main
+end, seen = Accelerator.end_training, []
+def watched(self):
+    seen.append(sum(isinstance(x, DistributedDataParallel) for x in gc.get_objects()))
+    end(self)
+Accelerator.end_training = watched
+prepare = Accelerator.prepare
+def checked(self, *objects):
+    prepared = prepare(self, *objects)
+    assert isinstance(prepared[0], DistributedDataParallel)
+    return prepared
+Accelerator.prepare = checked
+code = main(sys.argv[1:])
+assert seen == [0], seen
+sys.exit(code)
+"""
+    )
+    done = launch(2, script, *tiny_flags, "--max_steps=2")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_clipping_clips(results: Path, world_size: int) -> None:
     report = json.loads((results / f"report-{world_size}.json").read_text())

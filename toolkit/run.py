@@ -91,6 +91,7 @@ class Run:
             self.progress = progress
             totals = train(trainer, Hooks(progress.update, self.on_log, self.on_eval))
         self.score_test(totals)
+        del self.model  # `Runtime.end` says why
 
     def build(self) -> Trainer:
         """Make model and optimizer and hand them to the runtime."""
