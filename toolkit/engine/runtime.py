@@ -17,6 +17,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     broadcast,
+    parse_flag_from_env,
 )
 from torch import Tensor, nn
 
@@ -27,7 +28,7 @@ class Runtime:
     """This process's place among the others."""
 
     def __init__(self, precision: Literal["bf16", "fp32"], cpu_threads: int | None = None) -> None:
-        on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU") == "true"
+        on_cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
         if on_cpu:
             torch.set_num_threads(cpu_threads or _fair_threads())
         # cpu=True makes Accelerate choose gloo for several processes; traps 1.1

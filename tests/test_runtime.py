@@ -1,0 +1,43 @@
+"""What the environment may and may not change about the seam to Accelerate."""
+
+import pytest
+import torch
+
+from toolkit.engine.runtime import Runtime
+
+
+@pytest.mark.parametrize("said", ["True", "true", "1"])
+def test_launch_on_cpu_holds_on_a_machine_with_gpus(
+    said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher writes "True" for `use_cpu: true`; people write "true"."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", said)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = torch.get_num_threads()
+    try:
+        assert Runtime("fp32", before + 1).device.type == "cpu"
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_environment_cannot_divide_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    runtime = Runtime("fp32", 1)
+    weight = torch.ones(1, requires_grad=True)
+    runtime.backward((3 * weight).sum(), rows=1)
+    assert weight.grad is not None
+    assert weight.grad.item() == 3
+
+
+def test_threads_are_the_usable_cores_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    try:
+        monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+        Runtime("fp32")
+        assert torch.get_num_threads() == 2
+        Runtime("fp32", 1)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
