@@ -117,10 +117,6 @@ class Runtime:
             for parameter in model.parameters():
                 parameter.data.copy_(broadcast(parameter.data))
 
-    def wait(self) -> None:
-        """Wait for all ranks."""
-        self.accelerator.wait_for_everyone()
-
     def start_wandb(self, project: str, settings: dict[str, Any], config: dict[str, Any]) -> Any:
         """Start Accelerate's W&B tracker; on the main process only.
 
