@@ -54,6 +54,7 @@ def test_best_model_is_replaced_in_one_step(tmp_path: Path) -> None:
             if step == 20:
                 assert (tmp_path / "best" / "weights").read_text() == "10"
     assert (tmp_path / "best" / "weights").read_text() == "20"
+    folder.prune_best({20})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "best-step-000020"]
 
 

@@ -24,10 +24,11 @@ def test_launch_on_cpu_holds_on_a_machine_with_gpus(
 def test_the_environment_cannot_divide_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     runtime = Runtime("fp32", 1)
-    weight = torch.ones(1, requires_grad=True)
-    runtime.backward((3 * weight).sum(), rows=1)
-    assert weight.grad is not None
-    assert weight.grad.item() == 3
+    layer = torch.nn.Linear(1, 1, bias=False)
+    model, _ = runtime.prepare(layer, torch.optim.AdamW(layer.parameters()), max_norm=1.0)
+    runtime.backward(3 * model(torch.ones(1, 1)).sum(), rows=1)
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.item() == 3
 
 
 def test_threads_are_the_usable_cores_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:

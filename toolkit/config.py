@@ -147,6 +147,19 @@ class RunConfig:
     eval_tokens: int = option(8192, "[4, inf)", identity=False)
     """Tokens per micro-batch in evaluation."""
 
+    # Checkpoints
+    resume: str = option("auto", identity=False)
+    """Go on from a checkpoint: auto (the run folder's newest that is whole), strict (the newest, which
+    has to be whole), none (start anew), or the path of a checkpoint or a run folder."""
+    save_minutes: float = option(5.0, "[0, inf]", identity=False)
+    """Save a checkpoint every so many minutes, besides each evaluation; 0 means after every step."""
+    keep_checkpoints: int = option(2, "[2, inf)", identity=False)
+    """Checkpoints to keep; older ones are deleted once a new one is complete."""
+    on_failed_save: Literal["continue", "stop"] = option("continue", identity=False)
+    """What to do when a checkpoint cannot be written, on a full disk for example."""
+    rank_timeout: float = option(120.0, "[5, inf)", identity=False)
+    """Seconds until a process that is dead or hangs ends the run."""
+
     # Place and presentation
     output_dir: str = option("runs", identity=False)
     """Folder of the run folders."""

@@ -41,3 +41,21 @@ class DivergedError(ToolkitError):
 
     status = "diverged"
     exit_code = 4
+
+
+class CheckpointError(ToolkitError):
+    """A checkpoint cannot be written or read."""
+
+    status = "io_error"
+    exit_code = 5
+
+
+class Preempted(ToolkitError):
+    """Asked to stop: everything that was done is saved, and the same command goes on."""
+
+    status = "preempted"
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+    def __init__(self, step: int | None = None) -> None:
+        where = "as asked" if step is None else f"after step {step}, which is saved"
+        super().__init__(f"stopped {where}; the same command goes on from there")

@@ -2,65 +2,83 @@
 
 import time
 import traceback
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from toolkit.config import RunConfig, part
 from toolkit.console import complain, say
 from toolkit.data.cache import TokenCache
 from toolkit.data.steps import Stream
+from toolkit.engine.checkpoint import Checkpoints, read_moments, read_progress, read_weights
 from toolkit.engine.evaluate import Evaluation, evaluate
-from toolkit.engine.loop import Hooks, LoopSpec, Totals, Trainer, train
+from toolkit.engine.loop import (
+    Hooks,
+    LoopSpec,
+    Progress,
+    Totals,
+    Trainer,
+    Wants,
+    stand_in_loss,
+    train,
+)
 from toolkit.engine.optim import OptimSpec, build_optimizer
 from toolkit.engine.runtime import Runtime
-from toolkit.errors import ToolkitError
-from toolkit.model.classifier import ClassifierSpec, build_classifier, load_weights
+from toolkit.engine.watchdog import Watchdog
+from toolkit.errors import CheckpointError, Preempted, ToolkitError
+from toolkit.model.classifier import ClassifierSpec, build_classifier
+from toolkit.record.checkpoints import Origin, prune
 from toolkit.record.export import save_model, save_predictions
 from toolkit.record.journal import RunFolder
 from toolkit.record.metrics import as_record, table
 from toolkit.record.progress import TrainingProgress
 from toolkit.record.provenance import provenance
 from toolkit.record.tracking import Tracker, wandb_project, wandb_settings
+from toolkit.stop import Stop
 
 
-def run(config: RunConfig, tokens: TokenCache, encoder: Path, folder: RunFolder) -> int:
-    """Train, evaluate and record one run; return the exit code."""
-    runtime = Runtime(config.precision, config.cpu_threads)
-    with ExitStack() as stack:
-        if runtime.is_main:
-            stack.enter_context(folder.claim())
-        this = Run(config, tokens, encoder, folder, runtime)
-        stack.callback(this.finish_tracking)  # last: it may wait for the network
-        try:
-            this.execute()
-        except BaseException as error:
-            if runtime.is_main:
-                folder.set_status(_status(error), message=str(error) or type(error).__name__)
-            if isinstance(error, ToolkitError | KeyboardInterrupt):
-                raise
-            complain(f"rank {runtime.rank}:\n{traceback.format_exc()}{_advice(error)}")
-            return 1
-        runtime.end()
+def run(
+    config: RunConfig,
+    tokens: TokenCache,
+    encoder: Path,
+    folder: RunFolder,
+    point: Path | None,
+    stop: Stop,
+) -> int:
+    """Train, evaluate and record one run; return the exit code.
+
+    Args:
+        config: what to do.
+        tokens: the data.
+        encoder: folder of the pretrained encoder.
+        folder: where to record it, opened by the main process.
+        point: a verified checkpoint to go on from, or None; the main process's counts.
+        stop: whether to stop.
+    """
+    runtime = Runtime(config.precision, config.cpu_threads, config.rank_timeout)
+    this = Run(config, tokens, encoder, folder, runtime, runtime.from_main(point), stop)
+    this.watchdog.start()
+    try:
+        this.execute()
+    except BaseException as error:
+        return this.fail(error)
+    finally:
+        this.watchdog.end()
+        this.tracker.finish()  # last: it may wait for the network
+    runtime.end()
     return 0
 
 
 def _status(error: BaseException) -> str:
     if isinstance(error, ToolkitError):
         return error.status
-    return "oom" if isinstance(error, torch.OutOfMemoryError | MemoryError) else "crashed"
-
-
-def _advice(error: BaseException) -> str:
-    if _status(error) != "oom":
-        return ""
-    return (
-        "Out of memory: --grad_accum 2 (or more) or --max_tokens N split a step into micro-batches, "
-        "and the result stays the same."
-    )
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return "oom"
+    return "io_error" if isinstance(error, OSError) else "crashed"
 
 
 class Run:
@@ -73,39 +91,87 @@ class Run:
         encoder: Path,
         folder: RunFolder,
         runtime: Runtime,
+        point: Path | None,
+        stop: Stop,
     ) -> None:
         self.config = config
         self.tokens = tokens
         self.encoder = encoder
         self.folder = folder
         self.runtime = runtime
+        self.point = point
+        self.stop = stop
         self.padded = _is_padded(config, runtime)
         self.tracker = Tracker()
         self.best: dict[str, Any] | None = None
+        self.progress = Progress()
+        self.saved_step: int | None = None
+        self.saved_at = time.monotonic()
+        origin = Origin(config.identity(), config.hash(), tokens.folder.name)
+        self.checkpoints = Checkpoints(runtime, folder.checkpoints, origin)
+        self.watchdog = Watchdog(
+            folder.ranks,
+            runtime.world_size,
+            runtime.phases,
+            stop,
+            config.rank_timeout,
+            self.on_lost,
+        )
 
     def execute(self) -> None:
         """Build, distribute, loop, score the test set once, write the summary."""
         trainer = self.build()
         self.begin()
-        with TrainingProgress(trainer.stream.num_steps, enabled=self.runtime.is_main) as progress:
-            self.progress = progress
-            totals = train(trainer, Hooks(progress.update, self.on_log, self.on_eval))
+        bar = TrainingProgress(
+            trainer.stream.num_steps, self.progress.step, enabled=self.runtime.is_main
+        )
+        with bar as self.bar:
+            hooks = Hooks(self.wants, bar.update, self.on_log, self.on_eval, self.on_save)
+            totals = train(trainer, hooks, self.progress)
+        del trainer
         self.score_test(totals)
         del self.model  # `Runtime.end` says why
 
+    def fail(self, error: BaseException) -> int:
+        """Record how a run ended that did not complete; return the exit code."""
+        if isinstance(error, ToolkitError):  # raised on all ranks together
+            if self.runtime.is_main:
+                self.folder.set_status(error.status, message=str(error))
+                self.tracker.finish()
+            if isinstance(error, Preempted):
+                self.runtime.any(False)  # who leaves first makes the launcher end the others
+            raise error
+        place = f"rank {self.runtime.rank}, phase {self.runtime.phases}"
+        text = f"{place}: {type(error).__name__}: {error}"
+        if self.runtime.world_size > 1 and _is_about_others(error):
+            text += f"\n{self.watchdog.find_lost()}"
+        oom = {"split": 2 * self.progress.split} if _status(error) == "oom" else {}
+        self.folder.record_crash(_status(error), message=text, **oom)
+        complain(f"{traceback.format_exc()}error in {text}{_advice(error)}")
+        return 1
+
+    def on_lost(self, text: str) -> None:
+        """Record that a rank is dead or hangs; called by the watchdog, which then ends this one."""
+        self.folder.record_crash("crashed", message=text)
+        complain(f"error: rank {self.runtime.rank}: {text}")
+
     def build(self) -> Trainer:
-        """Make model and optimizer and hand them to the runtime."""
+        """Make model and optimizer, hand them to the runtime, and put back a checkpoint's state."""
         config, runtime = self.config, self.runtime
-        model, warnings = build_classifier(
-            part(ClassifierSpec, config), self.encoder, self.tokens.label_names
-        )
+        spec = part(ClassifierSpec, config)
+        model, warnings = build_classifier(spec, self.encoder, self.tokens.label_names)
         for warning in warnings:
             self.say(warning)
+        if self.point:
+            weights = read_weights(self.point) if runtime.is_main else {}
+            runtime.load_weights(model, weights)
         optim = part(OptimSpec, config)
-        prepared, optimizer = runtime.prepare(model, build_optimizer(model, optim))
+        prepared, optimizer = runtime.prepare(
+            model, build_optimizer(model, optim), max_norm=config.max_grad_norm
+        )
         self.model = prepared
         train_split = self.tokens.splits["train"]
-        return Trainer(
+        trainer = Trainer(
             runtime=runtime,
             model=prepared,
             optimizer=optimizer,
@@ -115,6 +181,25 @@ class Run:
             spec=part(LoopSpec, config),
             optim=optim,
         )
+        runtime.warm_up(lambda: stand_in_loss(trainer))
+        self.restore()
+        return trainer
+
+    def restore(self) -> None:
+        """Put back what a checkpoint holds besides the weights."""
+        runtime = self.runtime
+        if self.point:
+            notes = runtime.from_main(read_progress(self.point) if runtime.is_main else None)
+            runtime.load_moments(
+                read_moments(self.point) if runtime.is_main else {}, notes["updates"]
+            )
+            self.progress = Progress.from_json(notes["progress"])
+            self.best = notes["best"]
+            self.saved_step = self.progress.step
+            if runtime.is_main:
+                best_step = self.best["step"] if self.best else None
+                self.folder.rewind(notes["journal_bytes"], best_step)
+        self.progress.split = max(self.progress.split, runtime.from_main(self.folder.split))
 
     def begin(self) -> None:
         """Record what is known before the first step."""
@@ -122,6 +207,7 @@ class Run:
         facts = provenance() | runtime.describe()
         facts |= {"batching": "padded" if self.padded else "packed", "precision": config.precision}
         facts |= {"encoder_folder": str(self.encoder), "data": self.tokens.meta["inputs"]}
+        facts |= {"first_step": self.progress.step + 1}
         if not runtime.is_main:
             return
         self.folder.begin(config.to_yaml(), facts)
@@ -132,27 +218,41 @@ class Run:
                 lambda: runtime.start_wandb(wandb_project(options), settings, config.identity())
             )
         self.say(
-            f"Training on {runtime.world_size} x {facts['device']}, {config.precision}, "
+            f"Training on {runtime.world_size} x {facts['device']} ({facts['distributed_type']}), "
             f"{facts['batching']}; run folder: {self.folder.path}"
         )
+        for name, plan in facts["precision_plan"].items():
+            self.say(f"  {name.replace('_', ' ')}: {plan}")
+        if self.point:
+            self.say(f"Going on after step {self.progress.step}, from {self.point}")
+
+    def wants(self) -> Wants:
+        """Say what this rank wants besides training."""
+        due = time.monotonic() - self.saved_at >= 60 * self.config.save_minutes
+        return Wants(stop=self.stop.requested, save=due and self.runtime.is_main)
 
     def on_log(self, step: int, values: dict[str, Any]) -> None:
         """Record training figures."""
         self.record("train", step, values)
-        self.progress.update(step, values)
+        self.bar.update(step, values)
 
     def on_eval(self, step: int) -> None:
         """Evaluate on validation and keep the model if it is the best so far."""
         result = self.evaluate("validation")
         record = as_record(result.counts, result.loss)
-        self.record("eval", step, flatten("eval", record))
         better = self.best is None or _score(record, self.config) > _score(self.best, self.config)
         if better:
-            self.best = record | {"step": step}
-            self.save_best(step)
+            problem = self.save_best(step, record)
+            if problem:
+                self.on_failed_save(
+                    f"the best model so far, of step {step}, was not kept: {problem}"
+                )
+            else:
+                self.best = record | {"step": step}
+        self.record("eval", step, flatten("eval", record))
         name = self.config.best_metric
         shown = record["loss"] if name == "loss" else record[name]["value"]
-        self.progress.note(
+        self.bar.note(
             f"validation at step {step}: {name} {'n/a' if shown is None else format(shown, '.4f')}"
             f"{' (best so far)' if better else ''}"
         )
@@ -161,37 +261,91 @@ class Run:
         """Score a split with the model as it is."""
         return evaluate(
             self.runtime,
-            self.runtime.unwrap(self.model),
+            self.model,
             self.tokens.splits[split],
             max_tokens=self.config.eval_tokens,
             padded=self.padded,
+            wants_stop=lambda: self.stop.requested,
         )
 
-    def save_best(self, step: int) -> None:
-        """Write the model folder; the main process has all weights."""
+    def save_best(self, step: int, record: dict[str, Any]) -> str | None:
+        """Write the model folder; return what went wrong, the same on all ranks."""
+        weights = self.runtime.whole_weights()
+        problem = None
         if self.runtime.is_main:
-            assert self.best is not None
-            config = self.config
             card = {
-                "run_id": config.run_id,
-                "head": config.head,
-                "dataset": config.dataset,
-                "encoder": config.encoder,
+                "run_id": self.config.run_id,
+                "head": self.config.head,
+                "dataset": self.config.dataset,
+                "encoder": self.config.encoder,
                 "labels": ", ".join(self.tokens.label_names),
                 "step": step,
                 "folder": (self.folder.path / "best").absolute(),
             }
-            with self.folder.best_model(step) as aside:
-                save_model(self.runtime.unwrap(self.model), self.encoder, aside, card, self.best)
+            model = self.runtime.unwrap(self.model)
+            try:
+                with self.folder.best_model(step) as aside:
+                    save_model(model, weights, self.encoder, aside, card, record)
+            except (OSError, SafetensorError) as error:
+                problem = str(error)
+        return self.runtime.from_main(problem)
+
+    def on_save(self, progress: Progress) -> None:
+        """Write a checkpoint, unless there is one of this step."""
+        if progress.step == self.saved_step:
+            return
+        notes = {
+            "progress": asdict(progress),
+            "updates": self.runtime.updates(),
+            "best": self.best,
+            "journal_bytes": self.folder.length() if self.runtime.is_main else None,
+        }
+        problems = self.checkpoints.save(progress.step, notes)
+        self.saved_at = time.monotonic()
+        if problems:
+            newest = (
+                "there is none yet"
+                if self.saved_step is None
+                else f"it is of step {self.saved_step}"
+            )
+            self.on_failed_save(
+                f"no checkpoint of step {progress.step}: {'; '.join(problems)}. The one before it "
+                f"is whole: {newest}"
+            )
+            return
+        self.saved_step = progress.step
+        if self.runtime.is_main:
+            self.prune()
+
+    def on_failed_save(self, problem: str) -> None:
+        """Go on or stop, as configured; a run that is to stop anyway cannot go on."""
+        stops = self.config.on_failed_save == "stop" or self.runtime.any(self.stop.requested)
+        if stops:
+            raise CheckpointError(
+                f"{problem}. The run stops here; the same command starts it again"
+            )
+        if self.runtime.is_main:
+            complain(f"WARNING: {problem}. Training goes on (--on_failed_save stop would end it)")
+
+    def prune(self) -> None:
+        """Delete old checkpoints, and best models that none of the kept ones knows."""
+        self.runtime.phases.enter("prune")
+        try:
+            kept = prune(self.folder.checkpoints, self.config.keep_checkpoints)
+            best = [read_progress(path)["best"] for path in kept]
+            self.folder.prune_best({record["step"] for record in best if record})
+        except OSError as error:
+            complain(f"WARNING: old checkpoints cannot be deleted: {error}")
 
     def score_test(self, totals: Totals) -> None:
         """Score the test set with the best model, once, and write what a sweep reads."""
-        assert self.best is not None
-        seconds = totals.seconds()
-        if self.runtime.is_main:
-            load_weights(self.runtime.unwrap(self.model), self.folder.path / "best")
-        self.runtime.copy_from_main(self.model)
+        if self.best is None:
+            raise CheckpointError("no best model could be kept, so there is none to test")
+        folder = self.folder.path / f"best-step-{self.best['step']:06d}"
+        weights = load_file(folder / "model.safetensors") if self.runtime.is_main else {}
+        self.runtime.load_weights(self.model, weights)
         result = self.evaluate("test")
+        self.runtime.phases.enter("finish")
         record = as_record(result.counts, result.loss)
         self.record("test", self.best["step"], flatten("test", record))
         if not self.runtime.is_main:
@@ -200,13 +354,13 @@ class Run:
         save_predictions(
             self.folder.path / "predictions.parquet", split.row_ids, split.labels, result.scores
         )
-        self.folder.finish(self.summary(record, totals, seconds))
+        self.folder.finish(self.summary(record, totals))
         self.say(table(record, "test"))
         self.say(f"run folder: {self.folder.path}")
 
-    def summary(self, test: dict[str, Any], totals: Totals, seconds: float) -> dict[str, Any]:
+    def summary(self, test: dict[str, Any], totals: Totals) -> dict[str, Any]:
         """Return all that a sweep reads of a run."""
-        config = self.config
+        config, seconds = self.config, totals.seconds
         return {
             "run_id": config.run_id,
             "config_hash": config.hash(),
@@ -230,14 +384,26 @@ class Run:
             self.folder.log(kind, step, values)
             self.tracker.log(step, values)
 
-    def finish_tracking(self) -> None:
-        """End the mirrored run."""
-        self.tracker.finish()
-
     def say(self, text: str) -> None:
         """Print on the main process."""
         if self.runtime.is_main:
             say(text)
+
+
+def _is_about_others(error: BaseException) -> bool:
+    """Tell whether a rank failed because another one did not answer it."""
+    return isinstance(error, RuntimeError) and any(
+        word in str(error) for word in ("gloo", "NCCL", "Connection", "Timed out", "timed out")
+    )
+
+
+def _advice(error: BaseException) -> str:
+    if _status(error) != "oom":
+        return ""
+    return (
+        "\nThe same command goes on from the last checkpoint, with micro-batches half as large: the "
+        "result stays the same."
+    )
 
 
 def _is_padded(config: RunConfig, runtime: Runtime) -> bool:

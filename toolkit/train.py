@@ -8,6 +8,7 @@ Reads the configuration, prepares the data, and only then imports torch: what is
 said within a second. `run.py` then wires the parts together; the loop is in `engine/loop.py`.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -17,41 +18,50 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import time
+from contextlib import ExitStack
 
-from toolkit.config import FIELDS, RunConfig, parse, part
+from toolkit.config import RunConfig, parse, part
 from toolkit.console import complain, say
 from toolkit.data.cache import TokenCache
 from toolkit.data.report import describe
 from toolkit.data.steps import Stream
-from toolkit.errors import ConfigError, DataError, ToolkitError
+from toolkit.errors import ConfigError, DataError, Preempted, ToolkitError
 from toolkit.launcher import Turn
 from toolkit.prepare import prepare_data
+from toolkit.record.checkpoints import Origin, choose, differences
 from toolkit.record.journal import RunFolder
 from toolkit.record.metrics import table
+from toolkit.stop import Stop
+
+CLAIM_SECONDS = 30.0
+"""How long a start waits for the run before it, which may be saving after its launcher has died."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train as the arguments say; return the exit code."""
     turn = Turn()
     try:
-        return start(parse(sys.argv[1:] if argv is None else argv), turn)
+        with Stop() as stop:
+            return start(parse(sys.argv[1:] if argv is None else argv), turn, stop)
+    except Preempted as error:
+        if turn.is_first:
+            complain(str(error))
+        return error.exit_code
     except (ToolkitError, OSError) as error:
         if turn.is_first:
             complain(f"error: {error}")
         else:
             time.sleep(5)  # the launcher ends all processes with the first that fails: let it speak
         return getattr(error, "exit_code", 1)
-    except KeyboardInterrupt:
-        if turn.is_first:
-            complain("error: interrupted; the same command starts the run again")
-        return 130
 
 
-def start(config: RunConfig, turn: Turn) -> int:
+def start(config: RunConfig, turn: Turn, stop: Stop) -> int:
     """Prepare the data and train; record in the run folder how it ends."""
     folder = RunFolder(Path(config.output_dir) / str(config.run_id))
+    if turn.is_main:
+        stop.file = folder.stop_file
     try:
-        with turn.in_order():
+        with stop.raising(), turn.in_order():
             tokens, encoder = prepare_data(config)
         num_steps = part(Stream, config, num_rows=len(tokens.splits["train"])).num_steps
         if num_steps == 0:
@@ -69,9 +79,32 @@ def start(config: RunConfig, turn: Turn) -> int:
         if turn.is_main:
             say("Dry run: nothing was trained.")
         return 0
-    from toolkit.run import run  # imports torch, which takes a second
+    with ExitStack() as stack:
+        point = None
+        if turn.is_main:
+            stack.enter_context(folder.claim(CLAIM_SECONDS))
+            point = open_folder(config, tokens, folder)
+        from toolkit.run import run  # imports torch, which takes a second
 
-    return run(config, tokens, encoder, folder)
+        return run(config, tokens, encoder, folder, point, stop)
+
+
+def open_folder(config: RunConfig, tokens: TokenCache, folder: RunFolder) -> Path | None:
+    """Make the claimed run folder ready; return the checkpoint to go on from, or None.
+
+    Raises:
+        CheckpointError: when there are checkpoints and none can be used.
+        ConfigError: when they are of another configuration, or of other data.
+    """
+    resume = "none" if config.overwrite else config.resume
+    if resume != "none" and folder.status == "completed":
+        raise ConfigError(
+            [f"{folder.path} was completed while this start waited; start again to see its result"]
+        )
+    origin = Origin(config.identity(), config.hash(), tokens.folder.name)
+    point = choose(resume, folder.checkpoints, origin)
+    folder.open(point)
+    return point
 
 
 def describe_plan(config: RunConfig, num_rows: int) -> str:
@@ -91,13 +124,10 @@ def show_result(config: RunConfig, tokens: TokenCache, folder: RunFolder, turn: 
         ConfigError: naming the settings that differ.
     """
     summary = folder.summary()
-    ours, theirs = config.identity() | {"data": tokens.folder.name}, summary["config"]
-    theirs = theirs | {"data": summary["data_fingerprint"]}
-    differ = [
-        f"{name} is {ours[name]!r} here, {theirs.get(name)!r} there"
-        for name in [*FIELDS, "data"]
-        if name in ours and ours[name] != theirs.get(name)
-    ]
+    differ = differences(
+        config.identity() | {"data": tokens.folder.name},
+        summary["config"] | {"data": summary["data_fingerprint"]},
+    )
     if differ:
         raise ConfigError(
             [
@@ -112,4 +142,10 @@ def show_result(config: RunConfig, tokens: TokenCache, folder: RunFolder, turn: 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    if exit_code and "torch" in sys.modules:
+        # a run that failed has left its process group standing, whose teardown may hang: `Runtime.end`
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)

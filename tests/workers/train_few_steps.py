@@ -7,6 +7,7 @@ One process start serves all cases, because starting costs more than they do.
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,17 @@ import torch
 from toolkit.config import RunConfig, parse, part
 from toolkit.data.steps import Stream
 from toolkit.engine.evaluate import evaluate
-from toolkit.engine.loop import Hooks, LoopSpec, Totals, Trainer, micro_batches, train, train_step
+from toolkit.engine.loop import (
+    Hooks,
+    LoopSpec,
+    Progress,
+    Trainer,
+    Wants,
+    micro_batches,
+    stand_in_loss,
+    train,
+    train_step,
+)
 from toolkit.engine.optim import OptimSpec, build_optimizer
 from toolkit.engine.runtime import Runtime
 from toolkit.errors import DivergedError
@@ -40,13 +51,24 @@ def build(config: RunConfig, runtime: Runtime) -> Trainer:
     tokens, encoder = prepare_data(config)
     model, _ = build_classifier(part(ClassifierSpec, config), encoder, tokens.label_names)
     optim = part(OptimSpec, config)
-    prepared, optimizer = runtime.prepare(model, build_optimizer(model, optim))
+    runtime.precision = config.precision
+    prepared, optimizer = runtime.prepare(
+        model, build_optimizer(model, optim), max_norm=config.max_grad_norm
+    )
     split = tokens.splits["train"]
     stream = part(Stream, config, num_rows=len(split))
     padded = config.batching == "padded"
-    return Trainer(
+    trainer = Trainer(
         runtime, prepared, optimizer, split, stream, padded, part(LoopSpec, config), optim
     )
+    runtime.warm_up(lambda: stand_in_loss(trainer))
+    return trainer
+
+
+def hooks(on_log: Callable[[int, dict], None] = lambda *_: None) -> Hooks:
+    """Make hooks that do nothing but log."""
+    nothing = lambda _: None  # noqa: E731
+    return Hooks(Wants, nothing, on_log, nothing, nothing)
 
 
 def first_gradient(trainer: Trainer) -> dict[str, np.ndarray]:
@@ -57,10 +79,11 @@ def first_gradient(trainer: Trainer) -> dict[str, np.ndarray]:
         model = trainer.runtime.unwrap(trainer.model)
         caught.update({name: p.grad.numpy().copy() for name, p in model.named_parameters()})
 
-    step, trainer.optimizer.step = trainer.optimizer.step, catch
+    optimizer = trainer.runtime.strategy.optimizer
+    step, optimizer.step = optimizer.step, catch
     trainer.model.train()
-    train_step(trainer, 1, Totals())
-    trainer.optimizer.step = step
+    train_step(trainer, Progress(step=1), Wants())
+    optimizer.step = step
     return caught
 
 
@@ -70,7 +93,7 @@ def run_case(config: RunConfig, runtime: Runtime) -> dict[str, np.ndarray]:
     result = {f"gradient/{name}": value for name, value in first_gradient(trainer).items()}
     rows = np.zeros((STEPS, len(trainer.train)))
     for step in range(STEPS):
-        for batch in micro_batches(trainer, trainer.stream.slots(step)):
+        for batch in micro_batches(trainer, Progress(step=step), trainer.stream.slots(step)):
             np.add.at(rows[step], batch.rows, 1)
     result["rows"] = runtime.sum(torch.from_numpy(rows)).numpy()
     rates: list[list[float]] = []
@@ -81,7 +104,7 @@ def run_case(config: RunConfig, runtime: Runtime) -> dict[str, np.ndarray]:
         assert values["train/lr"] == rates[-1][0]
         losses.append(values["train/loss"])
 
-    train(trainer, Hooks(lambda _: None, log, lambda _: None))
+    train(trainer, hooks(log), Progress())
     result |= {"rates": np.array(rates), "losses": np.array(losses)}
     model = runtime.unwrap(trainer.model)
     return result | {f"weight/{n}": p.detach().numpy() for n, p in model.named_parameters()}
@@ -127,16 +150,16 @@ def poison(config: RunConfig, runtime: Runtime) -> dict[str, object]:
         backward(loss * float("nan") if bad else loss, rows)
 
     runtime.backward = poisoned  # type: ignore[method-assign]
-    totals = Totals()
+    progress = Progress()
     trainer.model.train()
     for step in range(4):
         calls["step"] = step
-        train_step(trainer, step, totals)
+        train_step(trainer, progress, Wants())
     finite = all(bool(torch.isfinite(p).all()) for p in model.parameters())
     steps_poisoned.add(0)
     calls["step"] = 0
     try:
-        train(trainer, Hooks(lambda _: None, lambda *_: None, lambda _: None))
+        train(trainer, hooks(), Progress())
         diverged = False
     except DivergedError:
         diverged = True
@@ -144,7 +167,7 @@ def poison(config: RunConfig, runtime: Runtime) -> dict[str, object]:
     checksum = float(sum(p.detach().double().abs().sum() for p in model.parameters()))
     same = float(runtime.sum(torch.tensor(checksum, dtype=torch.float64))) / runtime.world_size
     return {
-        "skipped": totals.skipped,
+        "skipped": progress.recent.skipped,
         "finite": finite and all(bool(torch.isfinite(p).all()) for p in model.parameters()),
         "diverged": diverged,
         "replicas_equal": abs(same - checksum) < 1e-9,

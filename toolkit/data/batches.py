@@ -12,8 +12,9 @@ from toolkit.data.cache import TokenSplit
 from toolkit.data.hashing import hash64
 from toolkit.data.steps import runs_within
 
-EMPTY_ROW = np.array([0], dtype=np.int64)
-"""Stands in for an empty micro-batch: every rank has to run the same collectives. It has no label."""
+NO_ROWS = np.zeros(0, dtype=np.int64)
+STAND_IN = np.zeros(1, dtype=np.int64)
+"""The tokens of a micro-batch of no rows: every rank has to run the same collectives. No label."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def make_batch(
     if len(rows):
         sequences = [split.tokens[split.offsets[row] : split.offsets[row + 1]] for row in rows]
     else:
-        sequences, slot_keys = [EMPTY_ROW], None
+        sequences, slot_keys = [STAND_IN], None
     lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
     tokens = np.concatenate(sequences).astype(np.int64)
     starts = np.cumsum(lengths) - lengths

@@ -1,5 +1,6 @@
 """One exact pass over a split, on any number of ranks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch.nn import functional
 from toolkit.data.batches import evaluation_batches
 from toolkit.data.cache import TokenSplit
 from toolkit.engine.runtime import Runtime
-from toolkit.errors import DivergedError
+from toolkit.errors import DivergedError, Preempted
 from toolkit.record.metrics import Confusion
 
 
@@ -29,11 +30,18 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    runtime: Runtime, model: nn.Module, split: TokenSplit, *, max_tokens: int, padded: bool
+    runtime: Runtime,
+    model: nn.Module,
+    split: TokenSplit,
+    *,
+    max_tokens: int,
+    padded: bool,
+    wants_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Score every row of a split exactly once; all ranks get the whole result.
 
     Raises:
+        Preempted: when `wants_stop` is true on a rank.
         RuntimeError: when a row was counted more or less than once.
         DivergedError: when a score is not finite.
     """
@@ -44,6 +52,10 @@ def evaluate(
     for batch in evaluation_batches(
         split, runtime.rank, runtime.world_size, max_tokens=max_tokens, padded=padded
     ):
+        runtime.phases.enter("evaluate")
+        if runtime.any(wants_stop()):
+            model.train(was_training)
+            raise Preempted
         logits_RC = model(**runtime.inputs(batch)).logits[: len(batch.rows)].float()
         loss_sum += functional.cross_entropy(logits_RC, runtime.labels(batch), reduction="sum")
         scores[batch.rows] = logits_RC.softmax(dim=-1)[:, 1].cpu()

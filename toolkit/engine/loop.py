@@ -1,7 +1,8 @@
 """The training loop.
 
 A step is one optimizer update. What it computes is a function of (data, seed, step): rows, order,
-dropout and rate; ranks and micro-batches only share the work.
+dropout and rate; ranks and micro-batches only share the work. So weights, AdamW's moments and
+`Progress` are all that it takes to go on, on any number of ranks.
 """
 
 import math
@@ -15,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from toolkit.data.batches import Batch, make_batch
+from toolkit.console import say
+from toolkit.data.batches import NO_ROWS, Batch, make_batch
 from toolkit.data.cache import TokenSplit
 from toolkit.data.hashing import hash64, key64
 from toolkit.data.steps import Stream, deal
 from toolkit.engine.optim import OptimSpec, rate_factor, set_rates
 from toolkit.engine.runtime import Runtime
-from toolkit.errors import DivergedError
+from toolkit.errors import DivergedError, Preempted
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,6 @@ class LoopSpec:
 
     grad_accum: int = 1
     max_tokens: int | None = None
-    max_grad_norm: float = 1.0
     max_skipped: int = 10
     eval_every: int | None = None
     log_every: int = 10
@@ -51,18 +52,6 @@ class Trainer:
     optim: OptimSpec
 
 
-@dataclass(frozen=True)
-class Hooks:
-    """What the loop reports to; every rank calls them at the same steps."""
-
-    on_step: Callable[[int], None]
-    """A step is done (counted from 1)."""
-    on_log: Callable[[int, dict[str, Any]], None]
-    """New training figures."""
-    on_eval: Callable[[int], None]
-    """Time to evaluate."""
-
-
 @dataclass
 class Totals:
     """Sums over steps and ranks; every mean in a log is one division of these."""
@@ -72,117 +61,256 @@ class Totals:
     tokens: float = 0.0
     computed_tokens: float = 0.0
     skipped: int = 0
-    started: float = field(default_factory=time.monotonic)
-    paused: float = 0.0
-    """Seconds in evaluation, which are not training time."""
-
-    def seconds(self) -> float:
-        """Return the training time since the start."""
-        return time.monotonic() - self.started - self.paused
+    seconds: float = 0.0
+    """Time in the steps themselves."""
 
 
-def train(trainer: Trainer, hooks: Hooks, first_step: int = 0) -> Totals:
-    """Run the steps from `first_step` to the end and return the sums over all of them.
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    step: int = 0
+    """Steps that are done."""
+    eval_due: bool = False
+    """The evaluation that belongs to the last step is not done yet."""
+    split: int = 1
+    """Every micro-batch is cut into so many, because it did not fit into memory whole."""
+    overall: Totals = field(default_factory=Totals)
+    recent: Totals = field(default_factory=Totals)
+    """Sums since the last line in the log; not yet part of `overall`."""
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Progress":
+        """Make it of what `dataclasses.asdict` made of it."""
+        totals = {name: Totals(**values[name]) for name in ("overall", "recent")}
+        return cls(**(values | totals))
+
+
+@dataclass(frozen=True)
+class Wants:
+    """What a rank, or all of them together, want besides training."""
+
+    stop: bool = False
+    save: bool = False
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop asks and reports to; every rank calls them at the same steps."""
+
+    wants: Callable[[], Wants]
+    """Asked once in each step; what one rank wants, all do."""
+    on_step: Callable[[int], None]
+    """A step is done (counted from 1)."""
+    on_log: Callable[[int, dict[str, Any]], None]
+    """New training figures."""
+    on_eval: Callable[[int], None]
+    """Time to evaluate. Raises `Preempted` to leave it to the next start."""
+    on_save: Callable[[Progress], None]
+    """Time for a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What all ranks know of a step that is done."""
+
+    norm: float
+    """The gradient's norm before clipping; not finite if the step was left out."""
+    wants: Wants
+
+
+def train(trainer: Trainer, hooks: Hooks, progress: Progress) -> Totals:
+    """Run the steps that are left and return the sums over all of them.
 
     Raises:
+        Preempted: when a rank wanted to stop; the last checkpoint holds all that was done.
         DivergedError: after more than `max_skipped` steps that could not be taken.
     """
-    stream, spec = trainer.stream, trainer.spec
-    overall, recent = Totals(), Totals()
     trainer.model.train()
-    for step in range(first_step, stream.num_steps):
-        done = step + 1
-        norm = train_step(trainer, step, recent)
-        if recent.skipped + overall.skipped > spec.max_skipped:
-            raise DivergedError(
-                f"{spec.max_skipped + 1} steps had a loss or gradient that is not finite"
-            )
-        if done % spec.log_every == 0 or done == stream.num_steps:
-            factor = rate_factor(step, stream.num_steps, trainer.optim)
-            hooks.on_log(done, _figures(recent, norm, factor * trainer.optim.lr))
-            _add(overall, recent)
-            recent = Totals()
-        hooks.on_step(done)
-        if stream.ends_epoch(step) or (spec.eval_every and done % spec.eval_every == 0):
-            before = time.monotonic()
-            hooks.on_eval(done)
-            for totals in (overall, recent):
-                totals.paused += time.monotonic() - before
-    return overall
+    while True:
+        if progress.eval_due:
+            evaluate_and_save(hooks, progress)
+        if progress.step == trainer.stream.num_steps:
+            return progress.overall
+        report = train_step(trainer, progress, hooks.wants())
+        _refuse_divergence(trainer, progress)
+        if progress.step % trainer.spec.log_every == 0 or progress.step == trainer.stream.num_steps:
+            trainer.runtime.phases.enter("log")
+            hooks.on_log(progress.step, _figures(trainer, progress, report.norm))
+            _add(progress.overall, progress.recent)
+            progress.recent = Totals()
+        hooks.on_step(progress.step)
+        progress.eval_due = _evaluation_is_due(trainer, progress.step)
+        if report.wants.stop:
+            hooks.on_save(progress)
+            raise Preempted(progress.step)
+        if report.wants.save and not progress.eval_due:
+            hooks.on_save(progress)
 
 
-def train_step(trainer: Trainer, step: int, totals: Totals) -> float:
-    """Compute one step's gradient over all ranks and apply it, or skip it where it is not finite.
+def evaluate_and_save(hooks: Hooks, progress: Progress) -> None:
+    """Do the evaluation that is due; if it is interrupted, the next start does it."""
+    try:
+        hooks.on_eval(progress.step)
+    except Preempted:
+        hooks.on_save(progress)
+        raise Preempted(progress.step) from None
+    progress.eval_due = False
+    hooks.on_save(progress)
 
-    Returns:
-        The gradient's norm before clipping.
+
+def train_step(trainer: Trainer, progress: Progress, wants: Wants) -> Report:
+    """Take the next step, on all ranks, in smaller micro-batches if it does not fit into memory.
+
+    Raises:
+        OutOfMemoryError: when single reviews do not fit.
     """
-    runtime, model, optimizer = trainer.runtime, trainer.model, trainer.optimizer
-    set_rates(optimizer, rate_factor(step, trainer.stream.num_steps, trainer.optim))
-    slots = trainer.stream.slots(step)
-    sums = torch.zeros(3, dtype=torch.float64, device=runtime.device)
-    batches = micro_batches(trainer, slots)
-    for number, batch in enumerate(batches):
-        with runtime.micro_step(model, last=number == len(batches) - 1):
-            loss_sum = summed_loss(runtime, model, batch)
-            runtime.backward(loss_sum, len(slots))
-        sums[0] += loss_sum.detach()
-    sums[1] = sum(batch.tokens for batch in batches)
-    sums[2] = sum(batch.computed_tokens for batch in batches)
-    # a host sync, with the norm below the only ones of a step: they decide whether to take it
-    loss_total, tokens, computed_tokens = runtime.sum(sums).tolist()
-    norm = runtime.clip(model, trainer.spec.max_grad_norm)
-    # both figures are the same on all ranks, so all take the same decision
-    if math.isfinite(loss_total) and math.isfinite(norm):
-        optimizer.step()
+    started = time.monotonic()
+    factor = rate_factor(progress.step, trainer.stream.num_steps, trainer.optim)
+    set_rates(trainer.optimizer, factor)
+    slots = trainer.stream.slots(progress.step)
+    while True:
+        batches = micro_batches(trainer, progress, slots)
+        sums = add_gradients(trainer, batches, len(slots), wants)
+        trainer.runtime.phases.enter("optimizer")
+        norm = trainer.runtime.step()
+        if not sums["out_of_memory"]:
+            break
+        _cut_smaller(trainer, progress, len(batches), len(slots))
+    totals = progress.recent
+    if math.isfinite(norm):
         totals.rows += len(slots)
-        totals.loss_sum += loss_total
+        totals.loss_sum += sums["loss_sum"]
     else:
         totals.skipped += 1
-    optimizer.zero_grad()
-    totals.tokens += tokens
-    totals.computed_tokens += computed_tokens
-    return norm
+    totals.tokens += sums["tokens"]
+    totals.computed_tokens += sums["computed_tokens"]
+    totals.seconds += time.monotonic() - started
+    progress.step += 1
+    return Report(norm, Wants(stop=sums["stop"] > 0, save=sums["save"] > 0))
 
 
-def micro_batches(trainer: Trainer, slots: np.ndarray) -> list[Batch]:
+def add_gradients(
+    trainer: Trainer, batches: list[Batch], rows: int, wants: Wants
+) -> dict[str, float]:
+    """Compute the gradient of a step and return what the ranks know of it together.
+
+    A rank that runs out of memory keeps the others company, with stand-ins whose gradient is NaN,
+    until all have learnt of it: so no rank waits in vain, and none takes the step.
+    """
+    runtime = trainer.runtime
+    loss_sum = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    failed = False
+    for number, batch in enumerate(batches):
+        with runtime.micro_step(last=number == len(batches) - 1):
+            if not failed:
+                failed = not _add_gradient(trainer, batch, rows, loss_sum)
+            if failed:
+                runtime.spoil(lambda: stand_in_loss(trainer))
+    # with the norm the only points of a step where the host waits for the device
+    return runtime.sums(
+        {
+            "loss_sum": loss_sum,
+            "tokens": sum(batch.tokens for batch in batches),
+            "computed_tokens": sum(batch.computed_tokens for batch in batches),
+            "out_of_memory": failed,
+            "stop": wants.stop,
+            "save": wants.save,
+        }
+    )
+
+
+def _add_gradient(trainer: Trainer, batch: Batch, rows: int, loss_total: Tensor) -> bool:
+    """Add one micro-batch's gradient and loss; return False if it does not fit into memory."""
+    runtime = trainer.runtime
+    try:
+        runtime.phases.enter("forward")
+        loss_sum = summed_loss(trainer, batch)
+        runtime.phases.enter("backward")
+        runtime.backward(loss_sum, rows)
+    except torch.OutOfMemoryError:
+        if not runtime.can_rejoin():
+            raise
+        return False
+    loss_total += loss_sum.detach()
+    return True
+
+
+def _cut_smaller(trainer: Trainer, progress: Progress, micro_batches: int, rows: int) -> None:
+    """Halve the micro-batches from this step on, whose rows stay the same."""
+    runtime = trainer.runtime
+    if micro_batches * runtime.world_size >= rows:
+        raise torch.OutOfMemoryError(
+            f"out of memory in step {progress.step + 1} with single reviews"
+        )
+    progress.split *= 2
+    runtime.free_memory()
+    if runtime.is_main:
+        say(
+            f"Out of memory in step {progress.step + 1}: it is done again with its rows in "
+            f"{progress.split} times as many micro-batches, and so are the steps to come."
+        )
+
+
+def micro_batches(trainer: Trainer, progress: Progress, slots: np.ndarray) -> list[Batch]:
     """Return this rank's share of the step that owns these slots."""
+    spec = trainer.spec
+    trainer.runtime.phases.enter("data", progress.step + 1)
+    trainer.runtime.seed_step(spec.seed, progress.step)
     rows = trainer.stream.rows(slots)
     dealt = deal(
         trainer.train.lengths(rows),
         trainer.runtime.world_size,
-        grad_accum=trainer.spec.grad_accum,
-        max_tokens=trainer.spec.max_tokens,
+        grad_accum=spec.grad_accum * progress.split,
+        max_tokens=spec.max_tokens and max(1, spec.max_tokens // progress.split),
         padded=trainer.padded,
     )
-    keys = hash64(key64("dropout", trainer.spec.seed), slots)
+    keys = hash64(key64("dropout", spec.seed), slots)
     return [
         make_batch(trainer.train, rows[places], padded=trainer.padded, slot_keys=keys[places])
         for places in dealt[trainer.runtime.rank]
     ]
 
 
-def summed_loss(runtime: Runtime, model: nn.Module, batch: Batch) -> Tensor:
+def stand_in_loss(trainer: Trainer) -> Tensor:
+    """Return the loss of no rows, which has a graph like any other."""
+    return summed_loss(trainer, make_batch(trainer.train, NO_ROWS, padded=trainer.padded))
+
+
+def summed_loss(trainer: Trainer, batch: Batch) -> Tensor:
     """Return the cross-entropy summed over a micro-batch's rows; 0 for a stand-in, which has none."""
-    logits_SC = model(**runtime.inputs(batch)).logits.float()
+    runtime = trainer.runtime
+    logits_SC = trainer.model(**runtime.inputs(batch)).logits.float()
     return functional.cross_entropy(
         logits_SC[: len(batch.rows)], runtime.labels(batch), reduction="sum"
     )
 
 
-def _figures(totals: Totals, norm: float, rate: float) -> dict[str, Any]:
-    seconds = totals.seconds()
+def _refuse_divergence(trainer: Trainer, progress: Progress) -> None:
+    allowed = trainer.spec.max_skipped
+    if progress.recent.skipped + progress.overall.skipped > allowed:
+        raise DivergedError(f"{allowed + 1} steps had a loss or gradient that is not finite")
+
+
+def _evaluation_is_due(trainer: Trainer, done: int) -> bool:
+    every = trainer.spec.eval_every
+    return trainer.stream.ends_epoch(done - 1) or bool(every and done % every == 0)
+
+
+def _figures(trainer: Trainer, progress: Progress, norm: float) -> dict[str, Any]:
+    totals = progress.recent
+    factor = rate_factor(progress.step - 1, trainer.stream.num_steps, trainer.optim)
     return {
         "train/loss": totals.loss_sum / totals.rows if totals.rows else None,
-        "train/lr": rate,
+        "train/lr": factor * trainer.optim.lr,
         "train/grad_norm_preclip": norm if math.isfinite(norm) else None,
-        "train/reviews_per_s": totals.rows / seconds,
-        "train/tokens_per_s": totals.tokens / seconds,
+        "train/reviews_per_s": totals.rows / totals.seconds,
+        "train/tokens_per_s": totals.tokens / totals.seconds,
         "train/padding": 1 - totals.tokens / max(1.0, totals.computed_tokens),
         "train/skipped_steps": totals.skipped,
     }
 
 
 def _add(total: Totals, part: Totals) -> None:
-    for name in ("rows", "loss_sum", "tokens", "computed_tokens", "skipped"):
+    for name in ("rows", "loss_sum", "tokens", "computed_tokens", "skipped", "seconds"):
         setattr(total, name, getattr(total, name) + getattr(part, name))

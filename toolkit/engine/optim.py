@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from toolkit.engine.replicas import whole_shape
+
 
 @dataclass(frozen=True)
 class OptimSpec:
@@ -25,7 +27,8 @@ def build_optimizer(model: nn.Module, spec: OptimSpec) -> torch.optim.Optimizer:
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        groups.setdefault((name.startswith("head."), parameter.ndim >= 2), []).append(parameter)
+        decays = len(whole_shape(parameter)) >= 2
+        groups.setdefault((name.startswith("head."), decays), []).append(parameter)
     head_lr = spec.head_lr or spec.lr
     return torch.optim.AdamW(
         [

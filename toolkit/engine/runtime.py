@@ -1,13 +1,16 @@
 """The one seam to Accelerate: devices, ranks, precision, collectives.
 
-Everything else is single-process code. Launch configs choose the distribution; nothing here asks
-which one it is, except through Accelerate.
+Everything else is single-process code. Launch configs choose the distribution; what is particular
+to whole copies of the model (one process, DDP) is in `replicas`, to DeepSpeed's shards in `zero`.
 """
 
 import gc
+import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -15,50 +18,90 @@ from accelerate import Accelerator
 from accelerate.tracking import WandBTracker
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    DistributedType,
     GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
     broadcast,
+    broadcast_object_list,
+    gather_object,
     parse_flag_from_env,
 )
 from torch import Tensor, nn
 
 from toolkit.data.batches import Batch
+from toolkit.data.hashing import key64
+from toolkit.engine.phases import Phases
+from toolkit.engine.replicas import MOMENTS, Replicas, State, whole_shape
+from toolkit.engine.zero import Zero
+
+SPARE_SECONDS = 60
+"""How much later than the watchdog, which can say more, the process group gives up by itself."""
 
 
 class Runtime:
     """This process's place among the others."""
 
-    def __init__(self, precision: Literal["bf16", "fp32"], cpu_threads: int | None = None) -> None:
+    def __init__(
+        self,
+        precision: Literal["bf16", "fp32"],
+        cpu_threads: int | None = None,
+        rank_timeout: float = 120,
+    ) -> None:
         on_cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
         if on_cpu:
             torch.set_num_threads(cpu_threads or _fair_threads())
-        # cpu=True makes Accelerate choose gloo for several processes; traps 1.1
-        self.accelerator = Accelerator(
-            cpu=on_cpu,
-            mixed_precision="bf16" if precision == "bf16" else "no",
-            # the loop divides by itself; without this, ACCELERATE_GRADIENT_ACCUMULATION_STEPS would
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-        )
+        self.precision = precision
+        self.accelerator = _accelerator(on_cpu, rank_timeout)
         self.rank = self.accelerator.process_index
         self.world_size = self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
         self.device = self.accelerator.device
+        self.phases = Phases(self.rank)
+        self.in_backward = False
+
+    @property
+    def is_zero(self) -> bool:
+        """Tell whether DeepSpeed distributes."""
+        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
 
     def describe(self) -> dict[str, Any]:
-        """Return what `run.json` says of the distribution."""
+        """Return what `run.json` says of the distribution, once the model is prepared."""
         cuda = self.device.type == "cuda"
         return {
             "world_size": self.world_size,
             "distributed_type": str(self.accelerator.distributed_type).split(".")[-1],
             "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
             "cpu_threads": torch.get_num_threads(),
+            "precision_plan": self.strategy.precision_plan() | {"computation": self._computation()},
         }
 
+    def _computation(self) -> str:
+        return "bf16 by autocast; head and loss fp32" if self.precision == "bf16" else "fp32"
+
     def prepare(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, max_norm: float
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Put model and optimizer on this process's device and join them with the other ranks'."""
-        return self.accelerator.prepare(model, optimizer)
+        """Put model and optimizer on this process's device and join them with the other ranks'.
+
+        Args:
+            model: the model; it computes under autocast from now on, if that is the precision.
+            optimizer: its optimizer.
+            max_norm: clip the gradient's norm to this; infinity does not clip.
+        """
+        bf16 = self.precision == "bf16"
+        # Not Accelerate's: under DeepSpeed that would mean bf16 parameters, another arithmetic than
+        # DDP's, and DeepSpeed turns autocast from outside its engine off. So it is inside the model
+        model.forward = torch.autocast(self.device.type, torch.bfloat16, bf16)(model.forward)
+        if self.is_zero:
+            Zero.configure(self.accelerator.state.deepspeed_plugin.deepspeed_config, max_norm)
+        with warnings.catch_warnings():  # Accelerate 1.15 has no other name for it yet
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+            prepared, prepared_optimizer = self.accelerator.prepare(model, optimizer)
+        kind = Zero if self.is_zero else Replicas
+        self.strategy: Replicas | Zero = kind(
+            self.accelerator, prepared, prepared_optimizer, max_norm
+        )
+        return prepared, prepared_optimizer
 
     def unwrap(self, model: nn.Module) -> Any:
         """Return the model without what distribution wrapped around it; autocast stays."""
@@ -82,40 +125,142 @@ class Runtime:
     def _tensor(self, array: Any) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
-    @contextmanager
-    def micro_step(self, model: nn.Module, *, last: bool) -> Iterator[None]:
+    def seed_step(self, seed: int, step: int) -> None:
+        """Make this rank's random draws in a step a function of (seed, step, rank).
+
+        Our dropout draws nothing, but a layer in somebody's head may. So there is no generator
+        state to save, and a resumed step draws what it would have drawn.
+        """
+        torch.manual_seed(int(key64("draws", seed, step, self.rank)) >> 1)
+
+    def micro_step(self, *, last: bool) -> AbstractContextManager[None]:
         """Let gradients be summed over the ranks in the last micro-batch of a step only."""
-        if last:
-            yield
-        else:
-            with self.accelerator.no_sync(model):
-                yield
+        return self.strategy.micro_step(last)
 
     def backward(self, loss_sum: Tensor, rows: int) -> None:
         """Add the gradient of a micro-batch's summed loss, so that the step's total is a mean.
 
         Args:
-            loss_sum: the loss summed over this micro-batch's rows.
+            loss_sum: the loss summed over this micro-batch's rows. If it is not finite, no gradient
+                of the step is, on any rank.
             rows: number of rows of the whole step, over all ranks and micro-batches.
         """
-        # DDP averages over ranks where we want the sum
-        self.accelerator.backward(loss_sum * (self.world_size / rows))
+        # DDP and DeepSpeed average over ranks where we want the sum; 0 * infinity is NaN
+        factor = (1 + 0 * loss_sum.detach()) * (self.world_size / rows)
+        self.in_backward = True
+        self.strategy.backward(loss_sum * factor)
+        self.in_backward = False
 
-    def clip(self, model: nn.Module, max_norm: float) -> float:
-        """Clip the gradient and return its norm before that; NaN on all ranks if on any."""
-        norm = self.accelerator.clip_grad_norm_(model.parameters(), max_norm)
-        assert norm is not None
-        return float(norm)
+    def can_rejoin(self) -> bool:
+        """Tell whether this rank, out of memory, can still run the collectives the others are in.
+
+        Not when it has begun to exchange gradients: nobody knows how many of them have gone out.
+        """
+        exchanging, self.in_backward = self.in_backward, False
+        return self.world_size == 1 or self.strategy.can_rejoin(exchanging)
+
+    def spoil(self, forward: Callable[[], Tensor]) -> None:
+        """Take part in a micro-batch with a gradient that keeps all ranks from taking the step."""
+        self.strategy.backward(math.nan * forward())
+
+    def free_memory(self) -> None:
+        """Give back what a failed attempt left behind."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def step(self) -> float:
+        """Clip and apply the gradient, unless it is not finite, and forget it.
+
+        Returns:
+            The gradient's norm before clipping, the same on all ranks; not finite if not applied.
+        """
+        return self.strategy.step()
+
+    def warm_up(self, forward: Callable[[], Tensor]) -> None:
+        """Make the optimizer's state, and settle DDP's buckets, with a step that changes nothing.
+
+        DDP deals parameters into other buckets after its first step, and with three ranks or more
+        the order of a sum depends on the bucket. Without this, the first step of a resumed run
+        would round differently from the same step of a run that was not interrupted.
+
+        Args:
+            forward: computes any loss.
+        """
+        for group in self.strategy.optimizer.param_groups:
+            group["lr"] = 0.0
+        with self.micro_step(last=True):
+            self.strategy.backward(0 * forward())
+        self.strategy.step()
+        self.strategy.warmed_up()
+        self.strategy.set_updates(0)
+
+    def state(self) -> Iterator[tuple[str, State]]:
+        """Yield each parameter's name and whole state; all ranks have to run through it together."""
+        return self.strategy.state()
+
+    def updates(self) -> int:
+        """Return how many updates AdamW has made, as its bias correction counts them."""
+        return self.strategy.updates()
+
+    def load_moments(self, moments: dict[str, dict[str, Tensor]], updates: int) -> None:
+        """Put back AdamW's moments by parameter name; the main process's count, all take part."""
+        for name, parameter in self.strategy.plain.named_parameters():
+            values = {
+                key: self._whole_from_main(parameter, moments.get(name, {}).get(key))
+                for key in MOMENTS
+            }
+            self.strategy.set_moments(name, values)
+        self.strategy.set_updates(updates)
+
+    def load_weights(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
+        """Put whole weights by name into a model; the main process's count, all ranks take part.
+
+        Before `prepare`, or for evaluation only: a sharded optimizer keeps its own copy.
+        """
+        for name, parameter in self.unwrap(model).named_parameters():
+            whole = self._whole_from_main(parameter, weights.get(name))
+            (Zero if self.is_zero else Replicas).put(parameter, whole)
+
+    def _whole_from_main(self, parameter: nn.Parameter, value: Tensor | None) -> Tensor:
+        """Give all ranks the main process's tensor of a parameter's whole shape."""
+        shape = whole_shape(parameter)
+        if self.is_main:
+            assert value is not None
+            assert value.shape == shape, "the checkpoint is of another model"
+            whole = value.to(self.device)
+        else:
+            whole = torch.empty(shape, device=self.device)
+        return broadcast(whole) if self.world_size > 1 else whole
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """Return every weight at full size on the main process, {} elsewhere; all ranks take part."""
+        weights = self.strategy.weights()
+        return {name: tensor.cpu() for name, tensor in weights if self.is_main}
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over the ranks."""
         return self.accelerator.reduce(tensor.to(self.device), reduction="sum")
 
-    def copy_from_main(self, model: nn.Module) -> None:
-        """Give every rank the main process's parameters."""
-        if self.world_size > 1:
-            for parameter in model.parameters():
-                parameter.data.copy_(broadcast(parameter.data))
+    def sums(self, values: dict[str, Any]) -> dict[str, float]:
+        """Sum numbers over the ranks, in one message."""
+        parts = [torch.as_tensor(value, dtype=torch.float64) for value in values.values()]
+        totals = self.sum(torch.stack([part.to(self.device) for part in parts]))
+        return dict(zip(values, totals.tolist(), strict=True))
+
+    def any(self, flag: bool) -> bool:
+        """Tell whether the flag is set on any rank."""
+        if self.world_size == 1:
+            return flag
+        return self.sum(torch.tensor(float(flag))).item() > 0
+
+    def from_main(self, value: Any) -> Any:
+        """Return the main process's value on all ranks."""
+        return broadcast_object_list([value])[0] if self.world_size > 1 else value
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's value, by rank, on all of them."""
+        return gather_object([value]) if self.world_size > 1 else [value]
 
     def start_wandb(self, project: str, settings: dict[str, Any], config: dict[str, Any]) -> Any:
         """Start Accelerate's W&B tracker; on the main process only.
@@ -139,9 +284,32 @@ class Runtime:
         that down with the interpreter's lock held, for which a thread of the group may be waiting:
         the process then hangs at its very end (torch 2.13, about one run in 25).
         """
+        del self.strategy
         self.accelerator.free_memory()
         gc.collect()
         self.accelerator.end_training()
+
+
+def _accelerator(on_cpu: bool, rank_timeout: float) -> Accelerator:
+    zero_on_cpu = on_cpu and parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    if zero_on_cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
+    return Accelerator(
+        # cpu=True makes Accelerate choose gloo for several processes, and turns DeepSpeed off: traps
+        # 1.1 and 1.2
+        cpu=on_cpu and not zero_on_cpu,
+        mixed_precision="no",  # `prepare` says why
+        # the loop divides by itself; without this, ACCELERATE_GRADIENT_ACCUMULATION_STEPS would
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[
+            # no layer of ours changes its buffers
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+            InitProcessGroupKwargs(
+                backend="gloo" if zero_on_cpu else None,
+                timeout=timedelta(seconds=rank_timeout + SPARE_SECONDS),
+            ),
+        ],
+    )
 
 
 def _fair_threads() -> int:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import BertConfig, BertModel, BertPreTrainedModel, initialization
@@ -186,8 +185,3 @@ def _missing_weights(missing: set[str], encoder_folder: Path) -> list[str]:
             "the head. Expect to need more steps than with a checkpoint that has one."
         ]
     return []
-
-
-def load_weights(model: HeadClassifier, folder: Path) -> None:
-    """Put the weights of a saved model folder into a model of the same shape."""
-    model.load_state_dict(load_file(folder / "model.safetensors"))

@@ -32,12 +32,18 @@ Labels: {labels}. The settings of the run are in its `config.yaml`.
 
 
 def save_model(
-    model: Any, encoder_folder: Path, folder: Path, card: dict[str, Any], validation: dict[str, Any]
+    model: Any,
+    weights: dict[str, Any],
+    encoder_folder: Path,
+    folder: Path,
+    card: dict[str, Any],
+    validation: dict[str, Any],
 ) -> None:
-    """Write weights, configuration, tokenizer and card into an empty folder."""
+    """Write whole weights, configuration, tokenizer and card into an empty folder."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    model.save_pretrained(folder)
+    # under ZeRO-3, transformers 5.23 would turn LayerNorm's names into those of TensorFlow's BERT
+    model.save_pretrained(folder, state_dict=weights, save_original_format=False)
     for name in TOKENIZER_FILES:
         if (encoder_folder / name).exists():
             shutil.copyfile(encoder_folder / name, folder / name)

@@ -4,10 +4,12 @@ runs/<run_id>/
     config.yaml          the resolved configuration; `--config` on it runs the same again
     run.json             provenance: commit, versions, hardware, data, world size
     metrics.jsonl        one line for each logged step or evaluation
+    checkpoints/         the newest states to go on from, see `toolkit.record.checkpoints`
     best/                the best model: a link to best-step-<step>/
     predictions.parquet  row id, label, score on the test set
     summary.json         final metrics: all that a sweep reads
-    status.json          running, completed, or why not
+    status.json          running, completed, preempted (start it again), or why not
+    STOP                 made by a user: save and stop
 """
 
 import json
@@ -22,8 +24,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from toolkit.console import say
-from toolkit.errors import ConfigError
+from toolkit.errors import CheckpointError, ConfigError
 from toolkit.files import publish_folder, sync, write_json, write_text
+from toolkit.record.checkpoints import clear_unfinished, set_newer_aside
 
 OUR_FILES = {"status.json", "run.json", "config.yaml"}
 """What tells a run folder from a folder of the user's."""
@@ -34,6 +37,11 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.ranks = path / ".ranks"
+        self.stop_file = path / "STOP"
+        self.split = 1
+        """Into how many parts to cut micro-batches: those of the start before did not fit."""
 
     @property
     def status(self) -> str | None:
@@ -48,16 +56,73 @@ class RunFolder:
         return json.loads((self.path / "summary.json").read_text())
 
     @contextmanager
-    def claim(self) -> Iterator[None]:
-        """Hold the folder as its only writer, with what an earlier run left moved aside.
+    def claim(self, wait_seconds: float = 0) -> Iterator[None]:
+        """Hold the folder as its only writer.
 
         Raises:
-            ConfigError: when another process holds it, or it is no run folder.
+            ConfigError: when another process keeps it, or it is no run folder.
         """
-        with self._lock():
+        with self._lock(wait_seconds):
+            if self.path.is_symlink() or not self._is_ours():
+                hint = "choose another --run_id or --output_dir"
+                raise ConfigError([f"{self.path} exists and is not a run folder; {hint}"])
+            yield
+
+    def open(self, point: Path | None) -> None:
+        """Make a claimed folder ready to write: a new one, or what a checkpoint goes on from."""
+        self.split = self._split_after_oom()
+        if point is None:
             self._move_aside()
             self.path.mkdir()
-            yield
+        elif point.resolve().parent == self.checkpoints.resolve():
+            set_newer_aside(self.checkpoints, point)
+            clear_unfinished(self.checkpoints)
+        else:
+            self._move_aside()
+            self.path.mkdir()
+            self._copy_record(point.parent.parent)
+        self.clear_signs_of_life()
+
+    def _split_after_oom(self) -> int:
+        try:
+            status = json.loads((self.path / "status.json").read_text())
+            return int(status["split"]) if status["status"] == "oom" else 1
+        except (OSError, ValueError, KeyError):
+            return 1
+
+    def _copy_record(self, other: Path) -> None:
+        """Take over what another folder's run has left besides its checkpoint."""
+        for best in other.glob("best-step-*"):
+            shutil.copytree(best, self.path / best.name)
+        if (other / "metrics.jsonl").exists():
+            shutil.copyfile(other / "metrics.jsonl", self.path / "metrics.jsonl")
+
+    def clear_signs_of_life(self) -> None:
+        """Remove what the ranks tell each other while they run."""
+        shutil.rmtree(self.ranks, ignore_errors=True)
+
+    def length(self) -> int:
+        """Return the bytes of `metrics.jsonl`, which a checkpoint notes."""
+        path = self.path / "metrics.jsonl"
+        return path.stat().st_size if path.exists() else 0
+
+    def rewind(self, length: int, best_step: int | None) -> None:
+        """Take the record back to a checkpoint's time: later lines are written again.
+
+        Raises:
+            CheckpointError: when what was there at that time is not there any more.
+        """
+        if self.length() < length:
+            raise CheckpointError(
+                f"{self.path / 'metrics.jsonl'} has {self.length()} bytes and had {length} when the "
+                "checkpoint was written: lines are lost. --resume none starts anew"
+            )
+        if length:
+            os.truncate(self.path / "metrics.jsonl", length)
+        else:
+            (self.path / "metrics.jsonl").unlink(missing_ok=True)
+        if best_step is not None:
+            self._point_to_best(f"best-step-{best_step:06d}")
 
     def record_failure(self, status: str, message: str) -> None:
         """Record an end before the first step, unless a result or another process is there."""
@@ -65,12 +130,17 @@ class RunFolder:
             if self.status != "completed" and self._is_ours():
                 self.set_status(status, message=message)
 
+    def record_crash(self, status: str, **detail: Any) -> None:
+        """Record an end that not all ranks agreed on: the first to notice knows best."""
+        if self.status == "running":
+            self.set_status(status, **detail)
+
     @contextmanager
-    def _lock(self) -> Iterator[None]:
+    def _lock(self, wait_seconds: float = 0) -> Iterator[None]:
         lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
+            _acquire(lock, wait_seconds)
         except Timeout as error:  # is an OSError too
             hint = "wait for it, or choose another --run_id"
             raise ConfigError([f"another process is writing {self.path}; {hint}"]) from error
@@ -91,10 +161,7 @@ class RunFolder:
         """Keep an earlier run under another name, unless it ended before it had anything to keep."""
         if not self.path.exists():
             return
-        if not self._is_ours():
-            hint = "choose another --run_id or --output_dir"
-            raise ConfigError([f"{self.path} exists and is not a run folder; {hint}"])
-        if {path.name for path in self.path.iterdir()} <= OUR_FILES:
+        if {path.name for path in self.path.iterdir()} <= OUR_FILES | {"STOP"}:
             shutil.rmtree(self.path)
             return
         number = 1
@@ -127,18 +194,42 @@ class RunFolder:
     def best_model(self, step: int) -> Iterator[Path]:
         """Yield a folder to save the best model in; `best` then points to it, in one step."""
         target = self.path / f"best-step-{step:06d}"
+        if target.exists():  # of steps that are done again after a crash
+            shutil.rmtree(target)
         with publish_folder(target) as aside:
             yield aside
+        self._point_to_best(target.name)
+
+    def _point_to_best(self, name: str) -> None:
+        if not (self.path / name).is_dir():
+            raise CheckpointError(
+                f"the best model so far, {self.path / name}, is not there any more"
+            )
         link = self.path / ".best.tmp"
         link.unlink(missing_ok=True)
-        link.symlink_to(target.name)
+        link.symlink_to(name)
         link.replace(self.path / "best")
         sync(self.path)
-        for other in self.path.glob("best-step-*"):
-            if other != target:
-                shutil.rmtree(other)
+
+    def prune_best(self, steps: set[int]) -> None:
+        """Delete the best models that no checkpoint goes on from."""
+        keep = {f"best-step-{step:06d}" for step in steps}
+        for path in self.path.glob("best-step-*"):
+            if path.name not in keep:
+                shutil.rmtree(path)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary, then the status: who sees "completed" finds a summary."""
         write_json(self.path / "summary.json", summary)
         self.set_status("completed")
+        self.clear_signs_of_life()
+
+
+def _acquire(lock: FileLock, wait_seconds: float) -> None:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not wait_seconds:
+            raise
+        say(f"Another process has {lock.lock_file}; waiting {wait_seconds:.0f} s for it to end ...")
+        lock.acquire(timeout=wait_seconds)

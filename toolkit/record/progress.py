@@ -15,8 +15,10 @@ PLAIN_SECONDS = 5.0
 class TrainingProgress:
     """Shows steps and the latest figures; silent on ranks other than the main one."""
 
-    def __init__(self, num_steps: int, *, enabled: bool) -> None:
+    def __init__(self, num_steps: int, first_step: int = 0, *, enabled: bool) -> None:
         self.num_steps = num_steps
+        self.first_step = first_step
+        """Steps that were done before this start."""
         self.enabled = enabled
         self.started = self.last_line = time.monotonic()
         self.figures = ""
@@ -45,7 +47,9 @@ class TrainingProgress:
             self.bar.update(self.task, completed=done, figures=self.figures)
         elif self.enabled and self._is_due(done, bool(values)):
             self.last_line = time.monotonic()
-            left = (self.last_line - self.started) / done * (self.num_steps - done)
+            left = (
+                (self.last_line - self.started) / (done - self.first_step) * (self.num_steps - done)
+            )
             say(f"step {done}/{self.num_steps}  {self.figures}  ETA {_minutes(left)}")
 
     def note(self, text: str) -> None:

@@ -1,0 +1,128 @@
+"""Every rank holds the whole model and its optimizer: one process, or DDP."""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class State:
+    """One parameter as a checkpoint knows it: whole, fp32, whatever the distribution."""
+
+    weight: Tensor
+    moments: dict[str, Tensor] = field(default_factory=dict)
+    """AdamW's, by their names in torch."""
+
+
+class Replicas:
+    """Forward, backward and update of a model that is whole on each rank."""
+
+    def __init__(self, accelerator: Any, model: Any, optimizer: Any, max_norm: float) -> None:
+        self.accelerator = accelerator
+        self.model = model
+        self.plain: nn.Module = accelerator.unwrap_model(model)
+        self.optimizer: torch.optim.Optimizer = optimizer.optimizer
+        self.max_norm = max_norm
+
+    def precision_plan(self) -> dict[str, str]:
+        """Say in which precision what is kept, as found in the objects themselves."""
+        kept = dtypes(self.plain.parameters())  # a gradient has its parameter's
+        alone = self.accelerator.num_processes == 1
+        return {
+            "parameters": f"{kept}, whole on each rank",
+            "master_weights": "the parameters themselves",
+            "gradient_accumulation": kept,
+            "gradient_reduction": "none" if alone else kept,
+            "optimizer_state": f"{dtypes(moments(self.optimizer))}, whole on each rank",
+        }
+
+    def micro_step(self, last: bool) -> AbstractContextManager[None]:
+        """Leave gradients on this rank until the last micro-batch of a step."""
+        self.exchanges = last
+        return nullcontext() if last else self.accelerator.no_sync(self.model)
+
+    def can_rejoin(self, in_backward: bool) -> bool:
+        """See `Runtime.can_rejoin`."""
+        return not (in_backward and self.exchanges)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a loss's gradient."""
+        self.accelerator.backward(loss)
+
+    def step(self) -> float:
+        """Clip, update if the norm is finite, forget the gradient; return the norm before clipping."""
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_norm)
+        assert norm is not None
+        if math.isfinite(norm := float(norm)):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def warmed_up(self) -> None:
+        """Nothing to do."""
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each parameter's name and whole weight."""
+        for name, parameter in self.plain.named_parameters():
+            yield name, parameter.detach()
+
+    def state(self) -> Iterator[tuple[str, State]]:
+        """Yield each parameter's name, weight and moments."""
+        for name, parameter in self.plain.named_parameters():
+            state = self.optimizer.state[parameter]
+            yield name, State(parameter.detach(), {key: state[key] for key in MOMENTS})
+
+    def set_moments(self, name: str, values: dict[str, Tensor]) -> None:
+        """Put back one parameter's moments, whole."""
+        state = self.optimizer.state[self.plain.get_parameter(name)]
+        for key, value in values.items():
+            state[key].copy_(value)
+
+    def updates(self) -> int:
+        """Return AdamW's own count of updates."""
+        return updates(self.optimizer)
+
+    def set_updates(self, count: int) -> None:
+        """Set AdamW's own count of updates."""
+        set_updates(self.optimizer, count)
+
+    @staticmethod
+    @torch.no_grad()
+    def put(parameter: nn.Parameter, whole: Tensor) -> None:
+        """Set a parameter."""
+        parameter.copy_(whole)
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """Return a parameter's shape; one that ZeRO-3 has cut up looks empty and keeps it elsewhere."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def updates(optimizer: torch.optim.Optimizer) -> int:
+    """Return how many updates an AdamW has made: the same for all of its tensors."""
+    counts = {int(state["step"]) for state in optimizer.state.values()}
+    assert len(counts) == 1, f"parameters with different numbers of updates: {counts}"
+    return counts.pop()
+
+
+def set_updates(optimizer: torch.optim.Optimizer, count: int) -> None:
+    """Make an AdamW believe that it has made so many updates."""
+    for state in optimizer.state.values():
+        state["step"].fill_(count)
+
+
+def moments(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """Yield an AdamW's moments."""
+    return (state[key] for state in optimizer.state.values() for key in MOMENTS)
+
+
+def dtypes(tensors: Iterable[Tensor]) -> str:
+    """Return the names of the types that occur."""
+    return ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))

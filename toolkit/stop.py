@@ -1,0 +1,123 @@
+"""Being asked to stop: by a signal, by a file, or by the death of the launcher.
+
+A request is only noted; the ranks agree on it at the next step boundary and save. While data is
+prepared, when there is nothing to save and no other rank to agree with, it raises `Preempted`.
+A second request by signal leaves at once.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from toolkit.errors import Preempted
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
+ECHO_SECONDS = 0.5
+"""Ctrl-C reaches us twice: from the terminal, and from the launcher that got it too."""
+POLL_SECONDS = 0.5
+PR_SET_PDEATHSIG = 1
+
+
+class Stop:
+    """Notes requests to stop, for as long as it is entered."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.since = 0.0
+        """When, by the monotonic clock."""
+        self.file: Path | None = None
+        """A file whose appearance is a request too; it is removed when it is noted."""
+        self._raises = False
+
+    def __enter__(self) -> "Stop":
+        # Python runs its handlers between two lines of the main thread, which may be waiting in a
+        # collective for ever; the wake-up file is written at once, and a thread reads it
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._reader.settimeout(POLL_SECONDS)
+        self._old_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._old_handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._thread = threading.Thread(target=self._listen, name="stop", daemon=True)
+        self._thread.start()
+        if _has_launcher():
+            _ask_for_hangup_with_parent()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._old_fd)
+        self._writer.close()  # ends the thread
+        self._thread.join()
+        self._reader.close()
+
+    @contextmanager
+    def raising(self) -> Iterator[None]:
+        """Let a request raise `Preempted` in the block."""
+        self._raises = True
+        try:
+            if self.requested:
+                raise Preempted
+            yield
+        finally:
+            self._raises = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._raises:
+            raise Preempted
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                heard = self._reader.recv(1)
+            except TimeoutError:
+                self._look_for_file()
+                continue
+            if not heard:
+                return
+            self._note(heard[0])
+
+    def _look_for_file(self) -> None:
+        if self.file is not None and not self.requested and self.file.exists():
+            self.file.unlink(missing_ok=True)
+            os.kill(os.getpid(), signal.SIGHUP)  # wakes the main thread too
+
+    def _note(self, number: int) -> None:
+        if number not in SIGNALS:
+            return
+        now = time.monotonic()
+        # SIGHUP comes by itself when the launcher goes: it never means "at once"
+        if self.requested and number != signal.SIGHUP and now - self.since > ECHO_SECONDS:
+            os.write(2, b"second signal: leaving at once; the last checkpoint is whole\n")
+            os._exit(128 + number)
+        if not self.requested:
+            self.requested, self.since = True, now
+
+
+def _has_launcher() -> bool:
+    """Tell whether accelerate or torchrun started us, and not a shell that may go before we do."""
+    return bool({"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & set(os.environ))
+
+
+def _ask_for_hangup_with_parent() -> None:
+    """Let the kernel send SIGHUP when the launcher dies: with one process it forwards no signal.
+
+    Elsewhere than on Linux there is no such service, and the trainer would live on.
+    """
+    if sys.platform == "linux":
+        libc: Any = ctypes.CDLL(None)
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGHUP)
