@@ -138,13 +138,19 @@ def run_python(*arguments: str | Path, **environment: str) -> subprocess.Complet
     )
 
 
+def launcher(processes: int, config: str | None = None) -> list[str]:
+    """Return the command line of the real `accelerate launch`, up to the script."""
+    name = config or ("cpu" if processes == 1 else "cpu2")
+    file = ROOT / "launch" / f"{name}.yaml"
+    command = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(file)]
+    return [*command, "--num_processes", str(processes), "--num_cpu_threads_per_process", "1"]
+
+
 def launch(
-    processes: int, script: Path, *arguments: str | Path
+    processes: int, script: Path, *arguments: str | Path, config: str | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a script under the real `accelerate launch`, from another working directory."""
-    config = ROOT / "launch" / ("cpu.yaml" if processes == 1 else "cpu2.yaml")
-    command = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", config]
-    command += ["--num_processes", str(processes), "--num_cpu_threads_per_process", "1", script]
+    command = [*launcher(processes, config), str(script)]
     return run_python(*command, *arguments, ACCELERATE_USE_CPU="true")
 
 

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "assets": BASE,
     "stop": {"errors"},
     "config": {"errors", "console"},
-    "launcher": set(),
+    "launcher": {"errors", "config"},
     "data": BASE,
     "model": BASE,
     "record": BASE,
@@ -137,11 +137,15 @@ def test_launch_configs_load_strictly() -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
     configs = sorted((ROOT / "launch").glob("*.yaml"))
-    assert [path.stem for path in configs] == [
-        "cpu", "cpu2", "ddp", "gpu", "zero1", "zero2", "zero2_offload", "zero3",
-    ]  # fmt: skip
+    stages = ("zero1", "zero2", "zero2_offload", "zero3")
+    zero = {f"{name}{nodes}" for name in stages for nodes in ("", "_nodes")}
+    assert {path.stem for path in configs} == {"cpu", "cpu2", "gpu", "ddp", "ddp_nodes", *zero}
     for path in configs:
-        assert load_config_from_file(str(path)).num_machines == 1
+        config = load_config_from_file(str(path))
+        assert config.num_machines == (2 if path.stem.endswith("_nodes") else 1)
+        assert config.mixed_precision is None, "precision is the run's own setting"
+        allowed = {"zero_stage", "offload_optimizer_device", "deepspeed_multinode_launcher"}
+        assert set(config.deepspeed_config) <= allowed
 
 
 def test_run_configs_load_strictly() -> None:

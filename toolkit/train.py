@@ -26,7 +26,7 @@ from toolkit.data.cache import TokenCache
 from toolkit.data.report import describe
 from toolkit.data.steps import Stream
 from toolkit.errors import ConfigError, DataError, Preempted, ToolkitError
-from toolkit.launcher import Turn
+from toolkit.launcher import Turn, refuse_contradictions
 from toolkit.prepare import prepare_data
 from toolkit.record.checkpoints import Origin, choose, differences
 from toolkit.record.journal import RunFolder
@@ -61,6 +61,7 @@ def start(config: RunConfig, turn: Turn, stop: Stop) -> int:
     if turn.is_main:
         stop.file = folder.stop_file
     try:
+        refuse_contradictions(config)
         with stop.raising(), turn.in_order():
             tokens, encoder = prepare_data(config)
         num_steps = part(Stream, config, num_rows=len(tokens.splits["train"])).num_steps

@@ -234,7 +234,10 @@ class Runtime:
         return broadcast(whole) if self.world_size > 1 else whole
 
     def whole_weights(self) -> dict[str, Tensor]:
-        """Return every weight at full size on the main process, {} elsewhere; all ranks take part."""
+        """Return every weight at full size on the main process, {} elsewhere; all ranks take part.
+
+        They may be the model's own, which the next step changes.
+        """
         weights = self.strategy.weights()
         return {name: tensor.cpu() for name, tensor in weights if self.is_main}
 
@@ -294,6 +297,7 @@ def _accelerator(on_cpu: bool, rank_timeout: float) -> Accelerator:
     zero_on_cpu = on_cpu and parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     if zero_on_cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
+        os.environ.pop("ACCELERATE_USE_CPU", None)  # would turn DeepSpeed off without a word, too
     return Accelerator(
         # cpu=True makes Accelerate choose gloo for several processes, and turns DeepSpeed off: traps
         # 1.1 and 1.2

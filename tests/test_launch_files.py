@@ -1,0 +1,106 @@
+"""A launch file that contradicts the run is refused, with both places named, before anything loads."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from toolkit.config import parse
+from toolkit.errors import ConfigError
+from toolkit.launcher import refuse_contradictions
+
+
+def refused(environment: dict[str, str], *flags: str) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        try:
+            refuse_contradictions(parse(list(flags)))
+        except ConfigError as error:
+            return str(error)
+    return ""
+
+
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "flags", "places"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, [], ["mixed_precision", "'fp16'", "'bf16'"]),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, ["--precision=fp32"], ["--precision"]),
+        (
+            ZERO | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
+            [],
+            ["gradient_accumulation_steps", "4", "--grad_accum"],
+        ),
+        (
+            ZERO | {"ACCELERATE_GRADIENT_CLIPPING": "0.5"},
+            ["--max_grad_norm=2"],
+            ["gradient_clipping", "0.5", "2.0", "--max_grad_norm"],
+        ),
+    ],
+)
+def test_the_launchers_own_settings(
+    environment: dict[str, str], flags: list[str], places: list[str]
+) -> None:
+    said = refused(environment, *flags)
+    assert all(place in said for place in places), said
+
+
+@pytest.mark.parametrize(
+    ("environment", "flags"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, []),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, []),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, []),
+        (
+            ZERO
+            | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4", "ACCELERATE_GRADIENT_CLIPPING": "1"},
+            ["--grad_accum=4"],
+        ),
+        (ZERO | {"ACCELERATE_GRADIENT_CLIPPING": "auto"}, []),
+    ],
+)
+def test_what_agrees_passes(environment: dict[str, str], flags: list[str]) -> None:
+    assert refused(environment, *flags) == ""
+
+
+FITS = {
+    "train_batch_size": 16,
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": 1.0,
+    "bf16": {"enabled": False},
+    "data_types": {"grad_accum_dtype": "fp32"},
+    "zero_optimization": {"stage": 2, "overlap_comm": True},
+}
+CONTRADICTS = {
+    "train_batch_size": 32,
+    "train_micro_batch_size_per_gpu": 3,
+    "gradient_accumulation_steps": 2,
+    "gradient_clipping": 0.1,
+    "bf16": {"enabled": True},
+    "fp16": {"enabled": "auto", "loss_scale": 0},
+    "torch_autocast": {"enabled": True},
+    "data_types": {"grad_accum_dtype": "bf16"},
+    "communication_data_type": "bf16",
+    "zero_optimization": {"stage": 2, "compute_grad_norm": False},
+    "optimizer": {"type": "AdamW"},
+    "scheduler": {"type": "WarmupLR"},
+}
+
+
+def test_a_deepspeed_file(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    environment = ZERO | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path), "WORLD_SIZE": "2"}
+    path.write_text(json.dumps(FITS))
+    assert refused(environment) == ""
+    path.write_text(json.dumps(CONTRADICTS))
+    said = refused(environment)
+    assert said.startswith("11 problems in the configuration"), said
+    for key in CONTRADICTS.keys() - {"fp16"}:
+        assert f"{key}" in said
+    assert said.count(str(path)) == 11
+    path.write_text("{")
+    assert "cannot be read" in refused(environment)

@@ -1,0 +1,85 @@
+"""Run under `accelerate launch` by test_zero.py: the same training, whatever holds the model.
+
+compare_distributions.py OUT_FILE EXPECTED_WORLD_SIZE FLAG...
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from train_few_steps import build, hooks
+
+from toolkit.config import RunConfig, parse
+from toolkit.engine.loop import Progress, train
+from toolkit.engine.runtime import Runtime
+
+CASES = {
+    f"{head}-{precision}-{accum}": [f"--head={head}", f"--precision={precision}", f"--grad_accum={accum}"]
+    for head in ("v1", "v2", "v3")
+    for precision in ("fp32", "bf16")
+    for accum in (1, 4)
+} | {
+    "clipped": ["--max_grad_norm=0.05", "--precision=fp32"],
+    "free": ["--max_grad_norm=inf", "--precision=fp32"],
+    "poisoned": ["--precision=fp32", "--grad_accum=2"],
+}  # fmt: skip
+
+
+def poison(runtime: Runtime) -> None:
+    """Make the loss infinite on the last rank, in the second step."""
+    plain, calls = runtime.backward, []
+
+    def backward(loss: torch.Tensor, rows: int) -> None:
+        calls.append(rows)
+        bad = len(calls) == 3 and runtime.rank == runtime.world_size - 1
+        plain(loss + float("inf") if bad else loss, rows)
+
+    runtime.backward = backward  # type: ignore[method-assign]
+
+
+def run_case(name: str, config: RunConfig, runtime: Runtime) -> dict[str, Any]:
+    trainer = build(config, runtime)
+    initial = {name: weight.clone() for name, weight in runtime.whole_weights().items()}
+    plain = runtime.backward
+    if name == "poisoned":
+        poison(runtime)
+    rows: list[list[float]] = []
+
+    def log(_: int, values: dict[str, Any]) -> None:
+        rates = {group["lr"] for group in trainer.optimizer.param_groups}
+        rows.append(
+            [values["train/loss"] or 0.0, values["train/grad_norm_preclip"] or -1.0, *rates]
+        )
+
+    progress = Progress()
+    train(trainer, hooks(log), progress)
+    runtime.backward = plain  # type: ignore[method-assign]
+    result = {f"initial/{key}": value.numpy() for key, value in initial.items()}
+    for key, value in runtime.state():
+        result[f"weight/{key}"] = value.weight.float().numpy()
+        result |= {f"{moment}/{key}": tensor.numpy() for moment, tensor in value.moments.items()}
+    result["log"] = np.array(rows)
+    result["updates"] = np.array(runtime.updates())
+    result["skipped"] = np.array(progress.overall.skipped)
+    result["plan"] = np.array(runtime.describe()["precision_plan"]["parameters"])
+    return result
+
+
+def main() -> None:
+    out, world_size, flags = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    flags += ["--max_steps=4", "--log_every=1", "--warmup_ratio=0.3"]
+    runtime = Runtime("fp32", 1)
+    assert runtime.world_size == world_size, f"{runtime.world_size} ranks, {world_size} expected"
+    results: dict[str, Any] = {}
+    for name, extra in CASES.items():
+        found = run_case(name, parse([*flags, *extra]), runtime)
+        results |= {f"{name}/{key}": value for key, value in found.items()}
+    if runtime.is_main:
+        np.savez(out, **results)
+    runtime.end()
+
+
+if __name__ == "__main__":
+    main()
