@@ -11,6 +11,7 @@ import errno
 import os
 import signal
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -47,6 +48,8 @@ class Phases:
         self.name = "start"
         self.step = 0
         self.since = time.monotonic()
+        self.on_enter: Callable[[], None] = _nothing
+        """Called in every phase, several times a step: has to be quick."""
         self.faults = _faults(os.environ.get("TOOLKIT_FAULT", ""), rank)
 
     def __str__(self) -> str:
@@ -58,6 +61,7 @@ class Phases:
         self.name, self.since = name, time.monotonic()
         if step is not None:
             self.step = step
+        self.on_enter()
         if self.faults:
             self._fail()
 
@@ -67,6 +71,10 @@ class Phases:
             os.kill(os.getpid(), SIGNALS[kind])
         elif kind is not None:
             raise ERRORS[kind]()
+
+
+def _nothing() -> None:
+    """Do nothing."""
 
 
 def _faults(text: str, rank: int) -> dict[tuple[str, int], str]:

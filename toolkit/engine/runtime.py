@@ -7,10 +7,12 @@ to whole copies of the model (one process, DDP) is in `replicas`, to DeepSpeed's
 import gc
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -52,6 +54,8 @@ class Runtime:
             torch.set_num_threads(cpu_threads or _fair_threads())
         self.precision = precision
         self.accelerator = _accelerator(on_cpu, rank_timeout)
+        if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and not self.is_zero:
+            raise RuntimeError("the launch config asks for DeepSpeed, and Accelerate turned it off")
         self.rank = self.accelerator.process_index
         self.world_size = self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
@@ -298,6 +302,8 @@ def _accelerator(on_cpu: bool, rank_timeout: float) -> Accelerator:
     if zero_on_cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
         os.environ.pop("ACCELERATE_USE_CPU", None)  # would turn DeepSpeed off without a word, too
+        # it compiles its communication with the ninja that pip installed next to this Python
+        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return Accelerator(
         # cpu=True makes Accelerate choose gloo for several processes, and turns DeepSpeed off: traps
         # 1.1 and 1.2

@@ -1,13 +1,14 @@
 """Nobody waits for ever for a rank that is dead or hangs.
 
-Each rank writes a sign of life every second, with its phase. One that has been in the same phase
-for too long - waiting for another, or hanging itself - finds out who is to blame, records it and
-leaves; the launcher then ends the rest. Collectives have timeouts of their own, but those name
-nobody, and under NCCL they abort the process without a word.
+Each rank notes its phase in a small file, and every second that it lives. One that has been in the
+same phase for too long - waiting for another, or hanging itself - finds out who is to blame, records
+it and leaves; the launcher then ends the rest. Collectives have timeouts of their own, but those
+name nobody, and under NCCL they abort the process without a word.
 """
 
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -22,6 +23,9 @@ from toolkit.stop import Stop
 BEAT_SECONDS = 1.0
 GRACE_SECONDS = 20.0
 """Once asked to stop, how long a phase may last: the launcher kills 30 s after it asked."""
+
+
+RECORD_BYTES = 256
 
 
 class Watchdog:
@@ -43,13 +47,20 @@ class Watchdog:
         self.timeout = timeout
         self.on_lost = on_lost
         self.beats = 0
+        self.file = -1
+        self.silent: dict[int, dict[str, Any]] = {}
+        """Ranks that have stopped beating, as far as `find_lost` saw."""
         self._ended = threading.Event()
 
     def start(self) -> None:
         """Start beating; there is nothing to watch for in a single process."""
-        if self.world_size > 1:
-            self.beat()
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        if self.world_size == 1:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{self.phases.rank}.json"
+        self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self.phases.on_enter = self.note
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def end(self) -> None:
         """Stop beating."""
@@ -57,12 +68,24 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
-            self.beat()
+            self.beats += 1
+            self.note()
+            with suppress(OSError):
+                os.fsync(self.file)  # for the other machines
             if self._overdue():
-                self.on_lost(
-                    f"nothing has moved for {self.stuck_seconds():.0f} s. {self.find_lost()}"
-                )
-                os._exit(1)
+                self._give_up()
+
+    def note(self) -> None:
+        """Write down where this rank is: some microseconds, for the kernel keeps it if we die."""
+        facts = {
+            "beats": self.beats,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "phase": str(self.phases),
+            "seconds": round(self.stuck_seconds(), 1),
+        }
+        with suppress(OSError):  # a full disk is no reason to stop training
+            os.pwrite(self.file, json.dumps(facts).ljust(RECORD_BYTES).encode(), 0)
 
     def stuck_seconds(self) -> float:
         """Return how long this rank has been in its phase."""
@@ -74,39 +97,28 @@ class Watchdog:
         asked = self.stop.requested and time.monotonic() - self.stop.since > GRACE_SECONDS
         return asked and self.stuck_seconds() > GRACE_SECONDS
 
-    def beat(self) -> None:
-        """Write a sign of life. Not being able to is no reason to stop training."""
-        self.beats += 1
-        facts = {
-            "beats": self.beats,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "phase": self.phases.name,
-            "step": self.phases.step,
-            "seconds": round(self.stuck_seconds(), 1),
-        }
-        path = self.folder / f"{self.phases.rank}.json"
-        with suppress(OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            aside = path.with_suffix(".tmp")
-            aside.write_text(json.dumps(facts))
-            aside.replace(path)
+    def _give_up(self) -> None:
+        seconds = self.stuck_seconds()
+        self.on_lost(f"nothing has moved for {seconds:.0f} s. {self.find_lost()}")
+        for facts in self.silent.values():
+            _kill_twin(facts)
+        os._exit(1)
 
     def find_lost(self) -> str:
         """Say what each rank is doing, the silent ones first. Takes a few seconds."""
         before = self._read()
         time.sleep(2.5 * BEAT_SECONDS)
         after = self._read()
-        silent: list[str] = []
-        alive: list[str] = []
-        for rank in range(self.world_size):
-            if rank == self.phases.rank:
-                continue
-            beats = [facts.get(rank, {}).get("beats") for facts in (before, after)]
-            lost = beats[0] == beats[1]
-            (silent if lost else alive).append(_line(rank, after.get(rank), lost))
+        others = [rank for rank in range(self.world_size) if rank != self.phases.rank]
+        self.silent = {
+            rank: after[rank]
+            for rank in others
+            if rank in after and after[rank]["beats"] == before.get(rank, {}).get("beats")
+        }
+        others.sort(key=lambda rank: rank not in self.silent)
+        lines = [_line(rank, after.get(rank), rank in self.silent) for rank in others]
         mine = f"rank {self.phases.rank} (this one) is in phase {self.phases}"
-        return "\n  ".join(["What the ranks are doing:", *silent, *alive, mine])
+        return "\n  ".join(["What the ranks are doing:", *lines, mine])
 
     def _read(self) -> dict[int, dict[str, Any]]:
         found = {}
@@ -119,8 +131,20 @@ class Watchdog:
 def _line(rank: int, facts: dict[str, Any] | None, lost: bool) -> str:
     if facts is None:
         return f"rank {rank} has given no sign of life"
-    where = f"phase {facts['phase']} of step {facts['step']}"
+    where = f"phase {facts['phase']}"
     who = f"rank {rank} (process {facts['pid']} on {facts['host']})"
     if lost:
-        return f"{who} is DEAD OR STOPPED; its last sign of life came from {where}"
+        return f"{who} is DEAD OR STOPPED; it was in {where}"
     return f"{who} is alive, in {where} for {facts['seconds']:.0f} s"
+
+
+def _kill_twin(facts: dict[str, Any]) -> None:
+    """Kill a stopped rank of ours on this machine: the launcher would wait for it for 30 s."""
+    with suppress(OSError):
+        same_command = _command(facts["pid"]) == _command(os.getpid())
+        if facts["host"] == socket.gethostname() and same_command:
+            os.kill(facts["pid"], signal.SIGKILL)
+
+
+def _command(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()

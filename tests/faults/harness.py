@@ -1,0 +1,144 @@
+"""Start runs under the real launcher, hurt them, and compare what they leave.
+
+`TOOLKIT_FAULT` (see `toolkit.engine.phases`) makes a rank fail at an exact place; signals and kills
+at random times come from here.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TRAIN = ROOT / "toolkit" / "train.py"
+
+
+@dataclass
+class Subject:
+    """One run folder, started again and again."""
+
+    runs: Path
+    """Output folder of its own: processes are recognised by it."""
+    flags: list[str]
+    config: str = "cpu2"
+    processes: int = 2
+    starts: int = 0
+    printed: list[str] = field(default_factory=list)
+    """What each start printed."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        [folder] = [p for p in self.runs.iterdir() if p.is_dir() and ".old-" not in p.name]
+        return folder
+
+    @property
+    def status(self) -> dict[str, Any]:
+        return json.loads((self.folder / "status.json").read_text())
+
+    def start(self, fault: str = "", *extra: str, **environment: str) -> "subprocess.Popen[bytes]":
+        """Start the launcher in a session of its own."""
+        self.runs.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+        command += ["--config_file", str(ROOT / "launch" / f"{self.config}.yaml")]
+        command += ["--num_processes", str(self.processes), "--num_cpu_threads_per_process", "1"]
+        command += [str(TRAIN), *self.flags, f"--output_dir={self.runs}", *extra]
+        self.starts += 1
+        settings = {"ACCELERATE_USE_CPU": "true", "TOOLKIT_FAULT": fault, "WANDB_MODE": "offline"}
+        with (self.runs / f"start-{self.starts}.log").open("wb") as log:
+            return subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                env=os.environ | settings | environment,
+                start_new_session=True,
+            )
+
+    def end(self, process: "subprocess.Popen[bytes]", seconds: float = 120) -> int:
+        """Wait for the launcher; return its exit code."""
+        try:
+            return process.wait(seconds)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+    def run(self, fault: str = "", *extra: str, **environment: str) -> int:
+        """Start and wait."""
+        return self.end(self.start(fault, *extra, **environment))
+
+    def said(self) -> str:
+        """What the last start printed."""
+        return (self.runs / f"start-{self.starts}.log").read_text(errors="replace")
+
+    def workers(self) -> list[psutil.Process]:
+        """The trainers of this run that live, by rank; the launcher is not among them."""
+        found = []
+        for process in psutil.process_iter(["cmdline"]):
+            line = process.info["cmdline"] or []
+            if f"--output_dir={self.runs}" in line and "launch" not in line:
+                found.append(process)
+        return sorted(found, key=_rank)
+
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 60) -> None:
+        """Poll until something is so."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"waited {seconds} s in vain\n{self.said()}"
+            time.sleep(0.02)
+
+    def wait_until_gone(self, seconds: float) -> None:
+        """Wait for all trainers to end: none may be left behind."""
+        self.wait_for(lambda: not self.workers(), seconds)
+
+    def steps(self, kind: str = "train") -> list[int]:
+        """The steps that have a line in the journal."""
+        path = self.folder / "metrics.jsonl"
+        return [row["step"] for row in _rows(path) if row["kind"] == kind] if path.exists() else []
+
+    def has_logged(self, step: int) -> bool:
+        """Tell whether a step is in the journal."""
+        try:
+            return step in self.steps()
+        except (ValueError, OSError):
+            return False
+
+    def result(self) -> dict[str, Any]:
+        """All that has to be equal, bit for bit, whatever happened on the way."""
+        newest = sorted((self.folder / "checkpoints").glob("step-*"))[-1]
+        state = {}
+        for part in sorted(newest.glob("*.safetensors")):
+            state |= {key: tensor.numpy().tobytes() for key, tensor in load_file(part).items()}
+        best = load_file(self.folder / "best" / "model.safetensors")
+        return {
+            "step": newest.name,
+            "state": state,
+            "best": {key: tensor.numpy().tobytes() for key, tensor in best.items()},
+            "journal": [_without_times(row) for row in _rows(self.folder / "metrics.jsonl")],
+            "test": json.loads((self.folder / "summary.json").read_text())["test"],
+        }
+
+
+def _rank(process: psutil.Process) -> int:
+    try:
+        return int(process.environ().get("RANK", "0"))
+    except psutil.Error:
+        return -1
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _without_times(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key != "time" and "_per_s" not in key}
