@@ -6,16 +6,13 @@
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(ROOT))
 from tests.faults.harness import Subject
 
 STEPS = 54

@@ -17,11 +17,12 @@ from toolkit.config import FIELDS, parse
 from toolkit.data.sources import DATASETS
 
 PACKAGE = ROOT / "toolkit"
-BASE = {"errors", "console", "files", "assets", "stop"}
+BASE = {"errors", "console", "files", "assets", "stop", "redact"}
 MAY_IMPORT = {
     "errors": set(),
-    "console": set(),
-    "files": set(),
+    "redact": set(),
+    "console": {"redact"},
+    "files": {"redact"},
     "assets": BASE,
     "stop": {"errors"},
     "config": {"errors", "console"},
@@ -33,6 +34,8 @@ MAY_IMPORT = {
     "prepare": BASE | {"config", "data", "model"},
     "run": BASE | {"config", "data", "model", "engine", "record", "prepare"},
     "train": BASE | {"config", "data", "launcher", "record", "prepare", "run"},
+    "hello": {"console", "engine"},
+    "doctor": {"config", "console", "record"},
     "__main__": {"console"},
     "__init__": set(),
 }

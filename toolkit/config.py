@@ -11,6 +11,7 @@ import ast
 import codecs
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import os
@@ -211,6 +212,7 @@ class Item(NamedTuple):
     value: Any
 
 
+@functools.cache
 def build_parser(prog: str = "train.py") -> ArgumentParser:
     """Build the command line; the field docstrings above are its help."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)

@@ -2,12 +2,14 @@
 
 import sys
 
+from toolkit.redact import redact
+
 
 def say(text: str = "") -> None:
     """Print to standard output and flush: SLURM and pipes show it at once."""
-    print(text, flush=True)  # noqa: T201
+    print(redact(text), flush=True)  # noqa: T201
 
 
 def complain(text: str) -> None:
     """Print to standard error."""
-    print(text, file=sys.stderr, flush=True)  # noqa: T201
+    print(redact(text), file=sys.stderr, flush=True)  # noqa: T201

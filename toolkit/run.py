@@ -38,6 +38,7 @@ from toolkit.record.metrics import as_record, table
 from toolkit.record.progress import TrainingProgress
 from toolkit.record.provenance import provenance
 from toolkit.record.tracking import Tracker, wandb_project, wandb_settings
+from toolkit.redact import redact_values
 from toolkit.stop import Stop
 
 
@@ -214,8 +215,9 @@ class Run:
         if config.track == "wandb":
             options = asdict(config.wandb)
             settings = wandb_settings(options, str(config.run_id), self.folder.path)
+            shown = redact_values(config.identity())
             self.tracker = Tracker(
-                lambda: runtime.start_wandb(wandb_project(options), settings, config.identity())
+                lambda: runtime.start_wandb(wandb_project(options), settings, shown)
             )
         self.say(
             f"Training on {runtime.world_size} x {facts['device']} ({facts['distributed_type']}), "

@@ -18,6 +18,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import time
+import traceback
 from contextlib import ExitStack
 
 from toolkit.config import RunConfig, parse, part
@@ -53,6 +54,9 @@ def main(argv: list[str] | None = None) -> int:
         else:
             time.sleep(5)  # the launcher ends all processes with the first that fails: let it speak
         return getattr(error, "exit_code", 1)
+    except Exception:
+        complain(traceback.format_exc())  # not Python itself, which would show secrets too
+        return 1
 
 
 def start(config: RunConfig, turn: Turn, stop: Stop) -> int:

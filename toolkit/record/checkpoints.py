@@ -110,6 +110,8 @@ def verify(folder: Path) -> dict[str, Any]:
         raise DamagedError(f"it is of step {manifest['step']}, its name says otherwise")
     for name, expected in manifest["files"].items():
         path = folder / name
+        if path.name != name or path.parent != folder:
+            raise DamagedError(f"{name!r} is not a file name")
         if path.is_symlink() or not path.is_file():
             raise DamagedError(f"{name} is missing")
         if path.stat().st_size != expected["size"]:

@@ -1,0 +1,88 @@
+"""The doctor finds what is in the way, says what to do, and keeps secrets."""
+
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from toolkit import doctor
+
+
+def report(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, list[str]]:
+    code = doctor.main(list(flags))
+    return code, capsys.readouterr().out.splitlines()
+
+
+def test_a_healthy_machine(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    flags = ["--launch", str(ROOT / "launch" / "cpu2.yaml"), "--offline"]
+    code, lines = report(capsys, *flags, "--output_dir", str(tmp_path))
+    assert code == 0, lines
+    assert lines[-1] == "Ready to train."
+    assert all(line.split()[0] in ("ok", "warning") for line in lines[:-1])
+    assert "cpu2.yaml: 2 x cpu (MULTI_CPU) took a step together" in "\n".join(lines)
+    for word in ("Python 3", "torch 2", "bf16", "GB free", "fetched", "deepspeed 0"):
+        assert word in "\n".join(lines)
+    assert not any(line.split()[1].startswith(("W&B", "hub")) for line in lines)
+
+
+def test_deepspeed_is_built_and_tried(capsys: pytest.CaptureFixture[str]) -> None:
+    found = list(doctor.hello(ROOT / "launch" / "zero2.yaml", None))
+    assert found == [
+        (
+            "warning",
+            "zero2.yaml: 2 x cpu (DEEPSPEED) took a step together, but there is no GPU here",
+        )
+    ]
+
+
+def test_what_is_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pretend(name: str) -> str:
+        if name in ("deepspeed", "wandb"):
+            raise PackageNotFoundError(name)
+        return "0.1" if name == "torch" else doctor._pins().get(name, "1")
+
+    monkeypatch.setattr(doctor, "version", pretend)
+    levels = {finding.text.split()[0]: finding.level for finding in doctor.versions()}
+    assert levels["wandb"] == "FAILURE"
+    assert levels["deepspeed"] == levels["torch"] == "warning"
+    assert levels["accelerate"] == "ok"
+
+
+def test_a_launch_that_fails_is_quoted(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("compute_environment: LOCAL_MACHINE\nnonsense: 1\nnum_processes: 1\n")
+    [finding] = doctor.hello(broken, None)
+    assert finding.level == "FAILURE"
+    assert "nonsense" in finding.text
+
+
+def test_a_disk_without_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import collections
+
+    usage = collections.namedtuple("usage", "free")
+    for free, level in ((2e7, "FAILURE"), (5e9, "warning"), (5e11, "ok")):
+        monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: usage(free))
+        [finding] = doctor.disk(tmp_path / "not" / "yet", "--output_dir")
+        assert finding.level == level
+
+
+def test_silent_servers_are_warnings_and_keys_stay_hidden(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "CANARY" * 7)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://me:CANARY-pw@127.0.0.1:9")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(doctor, "hello", lambda *_: iter(()))
+    code, lines = report(capsys)
+    assert code == 0
+    assert sum("127.0.0.1 does not answer" in line for line in lines) == 2
+    assert "CANARY" not in "\n".join(lines)
+
+
+def test_a_launch_config_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        doctor.main(["--launch", "launch/nope.yaml"])
+    assert caught.value.code == 2
+    assert "zero2_offload.yaml" in capsys.readouterr().err
