@@ -1,6 +1,5 @@
 """What tests share: a tiny BERT, tiny reviews, and the real launcher."""
 
-import csv
 import os
 import socket
 import subprocess
@@ -10,15 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny import make_data, make_encoder
 from toolkit.data.cache import TokenCache
 from toolkit.data.prepare import DataSpec, prepare
 from toolkit.data.sources import open_source
 
 ROOT = Path(__file__).resolve().parent.parent
-
-POSITIVE = ["great", "love", "perfect", "excellent", "works", "good"]
-NEGATIVE = ["bad", "broken", "awful", "poor", "waste", "hate"]
-NEUTRAL = ["the", "phone", "battery", "it", "is", "a", "camera", "and", "very", "this", "sound"]
 
 
 @pytest.fixture(autouse=True)
@@ -56,57 +52,13 @@ def shared_cache() -> Path:
 @pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT with random weights: 2 layers, 32 units, a vocabulary of some 40 words."""
-    import torch
-    from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
-    from tokenizers.models import WordPiece
-    from transformers import BertConfig, BertModel
-
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *POSITIVE, *NEGATIVE, *NEUTRAL]
-    words += [chr(code) for code in range(ord("a"), ord("z") + 1) if chr(code) not in words]
-    vocabulary = {word: number for number, word in enumerate(words)}
-    tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    folder = tmp_path_factory.mktemp("tiny_encoder")
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=64,
-    )
-    BertModel(config).save_pretrained(folder)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(
-        '{"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]"}'
-    )
-    return folder
-
-
-def reviews(count: int) -> list[tuple[str, str]]:
-    """Make separable reviews of very different lengths: (text, label)."""
-    rows = []
-    for number in range(count):
-        label = ("neg", "pos")[number % 2]
-        words = (NEGATIVE, POSITIVE)[number % 2]
-        filler = [NEUTRAL[(number * 7 + k) % len(NEUTRAL)] for k in range((number * 5) % 23)]
-        rows.append((" ".join([*filler, words[number % 6], words[(number // 2) % 6]]), label))
-    return rows
+    return make_encoder(tmp_path_factory.mktemp("tiny_encoder"))
 
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with train.csv (120 rows) and test.csv (41 rows)."""
-    folder = tmp_path_factory.mktemp("tiny_data")
-    for name, count in (("train", 120), ("test", 41)):
-        with (folder / f"{name}.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([("text", "label"), *reviews(count)])
-    return folder
+    return make_data(tmp_path_factory.mktemp("tiny_data"))
 
 
 @pytest.fixture

@@ -51,7 +51,8 @@ def test_what_is_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_launch_that_fails_is_quoted(tmp_path: Path) -> None:
     broken = tmp_path / "broken.yaml"
-    broken.write_text("compute_environment: LOCAL_MACHINE\nnonsense: 1\nnum_processes: 1\n")
+    text = (ROOT / "launch" / "cpu.yaml").read_text()
+    broken.write_text(text + "nonsense: 1\n")
     [finding] = doctor.hello(broken, None)
     assert finding.level == "FAILURE"
     assert "nonsense" in finding.text

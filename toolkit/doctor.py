@@ -173,7 +173,7 @@ def _found(tool: str) -> bool:
 def _last_error(text: str) -> str:
     """Return the line that says most: the first error that is not the launcher's own."""
     lines = [line.split("]: ", 1)[-1].strip() for line in text.splitlines()]
-    errors = [line for line in lines if "Error" in line and "ChildFailed" not in line]
+    errors = [line for line in lines if "Error: " in line and "ChildFailed" not in line]
     return (errors or lines or ["no output"])[0]
 
 
