@@ -1,13 +1,18 @@
 """Invariants 1 and 3 on real process groups: 1, 2 and 3 gloo processes under `accelerate launch`."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, launch
+from conftest import ROOT, launch, launcher
 
 WORKER = ROOT / "tests" / "workers" / "train_few_steps.py"
+TRAIN = ROOT / "toolkit" / "train.py"
 WORLDS = (1, 2, 3)
 STEPS = 5
 LIKE_PACKED = ("accum1", "accum4", "accum7", "max_tokens", "padded", "padded_accum3")
@@ -123,3 +128,31 @@ def test_nan_on_one_rank_is_one_decision_for_all(results: Path, world_size: int)
         "diverged": True,
         "replicas_equal": True,
     }
+
+
+@pytest.mark.parametrize("config", ["ddp_nodes", "zero2_nodes"])
+def test_several_machines(tiny_flags: list[str], config: str) -> None:
+    """Two launchers, each of them a machine with one process, as the launch config's head says."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    place = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+    machines = []
+    for rank in range(2):
+        command = [*launcher(2, config), *place, "--num_machines", "2", "--machine_rank", str(rank)]
+        machines.append(
+            subprocess.Popen(
+                [sys.executable, *command, str(TRAIN), *tiny_flags, "--max_steps=3"],
+                env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    said = [machine.communicate(timeout=120)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    [folder] = [path for path in Path(tiny_flags[3].split("=")[1]).iterdir() if path.is_dir()]
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["world_size"] == 2
+    assert facts["distributed_type"] == ("DEEPSPEED" if "zero" in config else "MULTI_CPU")
+    assert "95 % interval" in said[0]
+    assert "95 % interval" not in said[1]

@@ -47,8 +47,8 @@ LAUNCHES = [
     ("zero3", 2, "v3"),
     ("zero2_offload", 2, "v2"),
 ]
-EPOCH_STEPS = 7
-"""Steps of 16 reviews in an epoch of 108."""
+EVALUATED_STEP = 27
+"""27 steps of 16 reviews are 4 epochs of 108."""
 
 
 class Battery:
@@ -82,9 +82,10 @@ class Battery:
         assert reference.run() == 0, reference.said()
         kills = 0
         for number, phase in enumerate(PHASES):
-            step = EPOCH_STEPS * 4 if phase == "evaluate" else 3 + 5 * number
+            step = EVALUATED_STEP if phase == "evaluate" else 3 + 5 * number
             rank = 0 if phase in MAIN_ONLY else self.dice.randrange(launch[1])
             kills += subject.run(f"kill@{phase}:{rank}:{step}") != 0
+        assert kills == len(PHASES), subject.said()
         return self.finish(subject, reference, kills, launch)
 
     def kill_at_random(self, launch: tuple[str, int, str], kills: int) -> dict[str, Any]:
