@@ -179,7 +179,7 @@ def test_readme_names_real_things() -> None:
     assert len(set(files)) >= 8
     assert all((ROOT / name).exists() for name in files)
     flags = set(re.findall(r"--([a-z][a-z_]+)", text)) - {"config_file", "num_processes", "help"}
-    flags -= {"cpu", "config", "print_config", "rows"}
+    flags -= {"cpu", "config", "print_config", "rows", "launch", "kills", "out"}
     assert len(flags) >= 15
     assert flags <= set(FIELDS), flags - set(FIELDS)
     assert all(f"`{name}`" in text for name in DATASETS)

@@ -82,6 +82,7 @@ class RunFolder:
             self.path.mkdir()
             self._copy_record(point.parent.parent)
         self.clear_signs_of_life()
+        self.set_status("running")
 
     def _split_after_oom(self) -> int:
         try:
@@ -174,7 +175,6 @@ class RunFolder:
         """Write what is known before the first step."""
         write_text(self.path / "config.yaml", config_yaml)
         write_json(self.path / "run.json", provenance)
-        self.set_status("running")
 
     def set_status(self, status: str, **detail: Any) -> None:
         """Record how the run stands; the launcher hides exit codes, so scripts read this."""
