@@ -42,3 +42,18 @@ def test_threads_are_the_usable_cores_unless_told(monkeypatch: pytest.MonkeyPatc
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_draws_are_a_function_of_seed_step_and_rank() -> None:
+    """A layer of somebody's head may draw; there is no generator state in a checkpoint."""
+    runtime = Runtime("fp32", 1)
+    draws = {}
+    for seed, step, rank in [(0, 1, 0), (0, 2, 0), (1, 1, 0), (0, 1, 1)]:
+        runtime.rank = rank
+        runtime.seed_step(seed, step)
+        torch.rand(3)
+        runtime.seed_step(seed, step)
+        draws[seed, step, rank] = tuple(torch.rand(3).tolist())
+        runtime.seed_step(seed, step)
+        assert draws[seed, step, rank] == tuple(torch.rand(3).tolist())
+    assert len(set(draws.values())) == 4

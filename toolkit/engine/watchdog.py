@@ -46,6 +46,7 @@ class Watchdog:
         self.stop = stop
         self.timeout = timeout
         self.on_lost = on_lost
+        self.host, self.pid = socket.gethostname(), os.getpid()
         self.beats = 0
         self.file = -1
         self.silent: dict[int, dict[str, Any]] = {}
@@ -79,8 +80,8 @@ class Watchdog:
         """Write down where this rank is: some microseconds, for the kernel keeps it if we die."""
         facts = {
             "beats": self.beats,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
+            "host": self.host,
+            "pid": self.pid,
             "phase": str(self.phases),
             "seconds": round(self.stuck_seconds(), 1),
         }
@@ -101,8 +102,15 @@ class Watchdog:
         seconds = self.stuck_seconds()
         self.on_lost(f"nothing has moved for {seconds:.0f} s. {self.find_lost()}")
         for facts in self.silent.values():
-            _kill_twin(facts)
+            self._kill_twin(facts)
         os._exit(1)
+
+    def _kill_twin(self, facts: dict[str, Any]) -> None:
+        """Kill a stopped rank of ours on this machine: the launcher would wait for it for 30 s."""
+        with suppress(OSError):
+            same_command = _command(facts["pid"]) == _command(self.pid)
+            if facts["host"] == self.host and same_command:
+                os.kill(facts["pid"], signal.SIGKILL)
 
     def find_lost(self) -> str:
         """Say what each rank is doing, the silent ones first. Takes a few seconds."""
@@ -136,14 +144,6 @@ def _line(rank: int, facts: dict[str, Any] | None, lost: bool) -> str:
     if lost:
         return f"{who} is DEAD OR STOPPED; it was in {where}"
     return f"{who} is alive, in {where} for {facts['seconds']:.0f} s"
-
-
-def _kill_twin(facts: dict[str, Any]) -> None:
-    """Kill a stopped rank of ours on this machine: the launcher would wait for it for 30 s."""
-    with suppress(OSError):
-        same_command = _command(facts["pid"]) == _command(os.getpid())
-        if facts["host"] == socket.gethostname() and same_command:
-            os.kill(facts["pid"], signal.SIGKILL)
 
 
 def _command(pid: int) -> bytes:
