@@ -218,3 +218,87 @@ def test_a_journal_that_lost_lines_is_not_gone_on_from(
     (folder / "metrics.jsonl").write_text("")
     assert main(flags) == 5
     assert "lines are lost" in capsys.readouterr().err
+
+
+def test_the_same_command_with_a_path_goes_on_from_its_own_checkpoints(
+    stopped: tuple[list[str], Path],
+    capsys: pytest.CaptureFixture[str],
+    fresh_accelerate: Callable[[], None],
+) -> None:
+    flags, folder = stopped
+    again = [*flags, "--run_id=moved", f"--resume={folder / 'checkpoints' / 'step-000009'}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOOLKIT_FAULT", "raise@forward:0:16")
+        assert main(again) == 1
+    fresh_accelerate()
+    assert main(again) == 0
+    said = capsys.readouterr().out
+    assert "has newer checkpoints of its own" in said
+    assert "Going on after step 15" in said
+    assert not folder.with_name("moved.old-1").exists()
+
+
+def test_a_lone_checkpoint_is_refused_before_anything_is_moved(
+    stopped: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags, folder = stopped
+    lone = tmp_path / "backup" / "step-000009"
+    shutil.copytree(folder / "checkpoints" / "step-000009", lone)
+    assert main([*flags, f"--resume={lone}"]) == 5
+    assert "is it the whole run folder?" in capsys.readouterr().err
+    assert (folder / "metrics.jsonl").exists()
+
+
+def test_a_disk_error_is_damage(
+    tmp_path: Path, origin: Origin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older, newer = (checkpoint(tmp_path, step, origin) for step in (1, 2))
+    plain = describe_file
+
+    def describe(path: Path) -> dict:
+        if path.parent == newer:
+            raise OSError(5, "Input/output error")
+        return plain(path)
+
+    monkeypatch.setattr("toolkit.record.checkpoints.describe_file", describe)
+    assert choose("auto", tmp_path, origin) == older
+
+
+@pytest.mark.parametrize("accum", [1, 3])
+def test_memory_that_runs_out_within_a_backward_pass(
+    tiny_flags: list[str],
+    capsys: pytest.CaptureFixture[str],
+    fresh_accelerate: Callable[[], None],
+    accum: int,
+) -> None:
+    """Some gradients are there already; with one process the step is done again all the same."""
+    import torch
+
+    from toolkit.engine.replicas import Replicas
+
+    flags = [*tiny_flags, "--max_steps=4", "--precision=fp32"]
+    assert main([*flags, f"--grad_accum={2 * accum}", "--run_id=small"]) == 0
+    plain, calls = Replicas.backward, []
+
+    def backward(self: Replicas, loss: torch.Tensor) -> None:
+        calls.append(1)
+        if len(calls) != 2:
+            return plain(self, loss)
+        middle = self.plain.get_parameter("bert.encoder.layer.0.output.dense.weight")
+
+        def fail(_: torch.Tensor) -> None:
+            handle.remove()
+            raise torch.OutOfMemoryError("in the middle")
+
+        handle = middle.register_hook(fail)
+        return plain(self, loss)
+
+    fresh_accelerate()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Replicas, "backward", backward)
+        assert main([*flags, f"--grad_accum={accum}", "--run_id=large"]) == 0
+    assert "Out of memory in step 1" in capsys.readouterr().out
+    runs = Path(tiny_flags[3].split("=")[1])
+    files = [runs / name / "best" / "model.safetensors" for name in ("small", "large")]
+    weights = [file.read_bytes() for file in files]
+    assert weights[0] == weights[1]

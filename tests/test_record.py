@@ -142,3 +142,50 @@ def test_real_wandb_offline(tmp_path: Path) -> None:
     [folder] = (tmp_path / "wandb").glob("offline-run-*")
     assert folder.name.endswith("v2-abc")
     assert next(folder.glob("*.wandb")).stat().st_size > 0
+
+
+def test_lines_that_a_full_disk_did_not_take_are_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.log("train", 1, {})
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("toolkit.record.journal.os.fsync", full)
+        folder.log("train", 2, {})
+        folder.log("train", 3, {})
+        assert "Its lines are kept back" in capsys.readouterr().err
+        with pytest.raises(OSError, match="No space"):
+            folder.flush()
+    length = folder.length()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()] == [1]
+    folder.log("train", 4, {})
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()]
+    assert steps == [1, 2, 3, 4]
+    assert folder.length() > length
+
+
+def test_a_rank_of_an_earlier_start_cannot_write_the_status(tmp_path: Path) -> None:
+    old, new = RunFolder(tmp_path / "x"), RunFolder(tmp_path / "x")
+    old.open(None)
+    new.open(None)
+    old.record_crash("crashed", message="late")
+    assert new.status == "running"
+    new.record_crash("oom", split=2)
+    assert new.status == "oom"
+    new.record_crash("crashed", message="the first to notice knows best")
+    assert new.status == "oom"
+    new.open(None)
+    assert new.split == 2
+
+
+def test_a_start_killed_at_once_leaves_a_folder_that_can_be_used(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / ".status.json.tmp-12345678").write_text("{")
+    folder = RunFolder(tmp_path / "x")
+    with folder.claim():
+        folder.open(None)
+    assert folder.status == "running"

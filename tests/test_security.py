@@ -237,6 +237,8 @@ def test_a_run_folder_that_is_a_link_elsewhere_is_refused(
         'password: "CANARY-7"',
         "HF_TOKEN: CANARY-7",
         "Bearer CANARY-IN-ENV",
+        "Authorization: Bearer CANARY-8",
+        "https://me:CAN/ARY@CANARY-7@host/simple",
     ],
 )
 def test_redaction(text: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from toolkit.console import say
 from toolkit.errors import ConfigError
+from toolkit.redact import redact_values
 
 Spec = TypeVar("Spec")
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -195,7 +196,7 @@ class RunConfig:
 
         A run id that follows from the rest is left out: with another flag besides, it would be wrong.
         """
-        values = dataclasses.asdict(self)
+        values = redact_values(dataclasses.asdict(self))
         if self.run_id == _hashed_run_id(self):
             values["run_id"] = None
         return yaml.safe_dump(values, sort_keys=False)

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -143,15 +144,24 @@ def hello(launch: Path, num_processes: int | None) -> Iterator[Finding]:
     command += ["--config_file", str(launch)]
     command += ["--num_processes", str(num_processes)] if num_processes else []
     command.append(str(Path(__file__).with_name("hello.py")))
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=HELLO_SECONDS)
+        output, errors = process.communicate(timeout=HELLO_SECONDS)
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the ranks too
+        process.wait()
         text = f"{launch.name}: the ranks did not meet in {HELLO_SECONDS} s"
         yield Finding("FAILURE", f"{text}: check main_process_ip, ports, firewall, num_processes")
         return
-    answers = [line for line in done.stdout.splitlines() if line.startswith('{"world_size"')]
-    if done.returncode or not answers:
-        reason = _last_error(done.stderr)
+    answers = [line for line in output.splitlines() if line.startswith('{"world_size"')]
+    if process.returncode or not answers:
+        reason = _last_error(errors)
         yield Finding("FAILURE", f"{launch.name}: {reason}")
         return
     facts = json.loads(answers[-1])

@@ -11,8 +11,6 @@ from typing import Any
 
 from filelock import FileLock
 
-from toolkit.redact import redact
-
 
 @contextmanager
 def lock(target: Path) -> Iterator[None]:
@@ -45,11 +43,15 @@ def publish_folder(target: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole, without secrets: a reader sees the old content or the new one."""
+    """Write a file whole: a reader sees the old content or the new one."""
     aside = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
-    aside.write_text(redact(text), encoding="utf-8")
-    sync(aside)
-    aside.replace(path)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        sync(aside)
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 

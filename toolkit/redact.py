@@ -6,7 +6,8 @@ from typing import Any
 
 HIDDEN = "***"
 NAMES = re.compile(r"(key|token|secret|password|passwd|credential)s?$", re.IGNORECASE)
-CREDENTIALS_IN_URL = re.compile(r"(\w+://)[^/\s@'\"]+@")
+CREDENTIALS_IN_URL = re.compile(r"(\w+://)[^\s'\"]+@")
+IN_HEADER = re.compile(r"\b(Bearer|Basic)\s+\S+")
 NAMED_VALUE = re.compile(
     r"(\w*(?:api_?key|_key|token|secret|password|passwd)['\"]?(?:\s*[=:]\s*| got )['\"]?)([^\s'\",}&]+)",
     re.IGNORECASE,
@@ -21,11 +22,14 @@ def redact(text: str) -> str:
         if NAMES.search(name) and len(value) >= SHORTEST:
             text = text.replace(value, HIDDEN)
     text = CREDENTIALS_IN_URL.sub(rf"\1{HIDDEN}@", text)
+    text = IN_HEADER.sub(rf"\1 {HIDDEN}", text)
     return NAMED_VALUE.sub(rf"\1{HIDDEN}", text)
 
 
-def redact_values(values: dict[str, Any]) -> dict[str, Any]:
-    """Redact the texts among a dictionary's values."""
-    return {
-        name: redact(value) if isinstance(value, str) else value for name, value in values.items()
-    }
+def redact_values(content: Any) -> Any:
+    """Redact every text in dictionaries and lists; numbers stay what they are."""
+    if isinstance(content, dict):
+        return {name: redact_values(value) for name, value in content.items()}
+    if isinstance(content, list):
+        return [redact_values(value) for value in content]
+    return redact(content) if isinstance(content, str) else content

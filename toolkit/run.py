@@ -60,8 +60,13 @@ def run(
         point: a verified checkpoint to go on from, or None; the main process's counts.
         stop: whether to stop.
     """
-    runtime = Runtime(config.precision, config.cpu_threads, config.rank_timeout)
-    this = Run(config, tokens, encoder, folder, runtime, runtime.from_main(point), stop)
+    try:
+        runtime = Runtime(config.precision, config.cpu_threads, config.rank_timeout)
+        folder.start, folder.split, point = runtime.from_main((folder.start, folder.split, point))
+    except Exception as error:
+        folder.record_crash("crashed", message=f"the processes did not come together: {error}")
+        raise
+    this = Run(config, tokens, encoder, folder, runtime, point, stop)
     this.watchdog.start()
     try:
         this.execute()
@@ -137,7 +142,7 @@ class Run:
         """Record how a run ended that did not complete; return the exit code."""
         if isinstance(error, ToolkitError):  # raised on all ranks together
             if self.runtime.is_main:
-                self.folder.set_status(error.status, message=str(error))
+                self.folder.record_crash(error.status, message=str(error))
                 self.tracker.finish()
             if isinstance(error, Preempted):
                 self.runtime.any(False)  # who leaves first makes the launcher end the others
@@ -146,10 +151,29 @@ class Run:
         text = f"{place}: {type(error).__name__}: {error}"
         if self.runtime.world_size > 1 and _is_about_others(error):
             text += f"\n{self.watchdog.find_lost()}"
-        oom = {"split": 2 * self.progress.split} if _status(error) == "oom" else {}
-        self.folder.record_crash(_status(error), message=text, **oom)
-        complain(f"{traceback.format_exc()}error in {text}{_advice(error)}")
+        split = self.progress.split * (2 if self._smaller_helps(error) else 1)
+        self.folder.record_crash(_status(error), message=text, split=split)
+        complain(f"{traceback.format_exc()}error in {text}{self._advice(error)}")
         return 1
+
+    def _smaller_helps(self, error: BaseException) -> bool:
+        """Tell whether smaller micro-batches would have fitted into memory."""
+        in_step = self.runtime.phases.name in ("data", "forward", "backward")
+        return _status(error) == "oom" and in_step
+
+    def _advice(self, error: BaseException) -> str:
+        if _status(error) != "oom":
+            return ""
+        if self._smaller_helps(error):
+            return (
+                "\nThe same command goes on from the last checkpoint, with micro-batches half as "
+                "large: the result stays the same."
+            )
+        if self.runtime.phases.name == "evaluate":
+            return f"\nEvaluate in smaller pieces: --eval_tokens {self.config.max_length}"
+        return (
+            "\nSmaller micro-batches do not help here: more processes, or launch/zero3.yaml, may."
+        )
 
     def on_lost(self, text: str) -> None:
         """Record that a rank is dead or hangs; called by the watchdog, which then ends this one."""
@@ -200,7 +224,7 @@ class Run:
             if runtime.is_main:
                 best_step = self.best["step"] if self.best else None
                 self.folder.rewind(notes["journal_bytes"], best_step)
-        self.progress.split = max(self.progress.split, runtime.from_main(self.folder.split))
+        self.progress.split = max(self.progress.split, self.folder.split)
 
     def begin(self) -> None:
         """Record what is known before the first step."""
@@ -273,6 +297,7 @@ class Run:
     def save_best(self, step: int, record: dict[str, Any]) -> str | None:
         """Write the model folder; return what went wrong, the same on all ranks."""
         weights = self.runtime.whole_weights()
+        self.runtime.phases.enter("save")
         problem = None
         if self.runtime.is_main:
             card = {
@@ -296,13 +321,15 @@ class Run:
         """Write a checkpoint, unless there is one of this step."""
         if progress.step == self.saved_step:
             return
+        problem = self.flush_journal() if self.runtime.is_main else None
+        problem = self.runtime.from_main(problem)
         notes = {
             "progress": asdict(progress),
             "updates": self.runtime.updates(),
             "best": self.best,
             "journal_bytes": self.folder.length() if self.runtime.is_main else None,
         }
-        problems = self.checkpoints.save(progress.step, notes)
+        problems = [problem] if problem else self.checkpoints.save(progress.step, notes)
         self.saved_at = time.monotonic()
         if problems:
             newest = (
@@ -318,6 +345,14 @@ class Run:
         self.saved_step = progress.step
         if self.runtime.is_main:
             self.prune()
+
+    def flush_journal(self) -> str | None:
+        """Write what a full disk did not take; return what went wrong."""
+        try:
+            self.folder.flush()
+        except OSError as error:
+            return f"rank 0 cannot write metrics.jsonl: {error}"
+        return None
 
     def on_failed_save(self, problem: str) -> None:
         """Go on or stop, as configured; a run that is to stop anyway cannot go on."""
@@ -336,7 +371,7 @@ class Run:
             kept = prune(self.folder.checkpoints, self.config.keep_checkpoints)
             best = [read_progress(path)["best"] for path in kept]
             self.folder.prune_best({record["step"] for record in best if record})
-        except OSError as error:
+        except (OSError, ValueError, KeyError) as error:
             complain(f"WARNING: old checkpoints cannot be deleted: {error}")
 
     def score_test(self, totals: Totals) -> None:
@@ -396,15 +431,6 @@ def _is_about_others(error: BaseException) -> bool:
     """Tell whether a rank failed because another one did not answer it."""
     return isinstance(error, RuntimeError) and any(
         word in str(error) for word in ("gloo", "NCCL", "Connection", "Timed out", "timed out")
-    )
-
-
-def _advice(error: BaseException) -> str:
-    if _status(error) != "oom":
-        return ""
-    return (
-        "\nThe same command goes on from the last checkpoint, with micro-batches half as large: the "
-        "result stays the same."
     )
 
 

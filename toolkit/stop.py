@@ -6,6 +6,7 @@ A second request by signal leaves at once.
 """
 
 import ctypes
+import math
 import os
 import signal
 import socket
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -25,6 +26,8 @@ ECHO_SECONDS = 0.5
 """Ctrl-C reaches us twice: from the terminal, and from the launcher that got it too."""
 POLL_SECONDS = 0.5
 PR_SET_PDEATHSIG = 1
+SHUTDOWN_SECONDS = 30.0
+"""What torchrun waits between a signal and SIGKILL, unless told otherwise."""
 
 
 class Stop:
@@ -34,9 +37,12 @@ class Stop:
         self.requested = False
         self.since = 0.0
         """When, by the monotonic clock."""
+        self.deadline = math.inf
+        """When the launcher will kill us, by the same clock, as far as we know."""
         self.file: Path | None = None
         """A file whose appearance is a request too; it is removed when it is noted."""
         self._raises = False
+        self._by_file = False
 
     def __enter__(self) -> "Stop":
         # Python runs its handlers between two lines of the main thread, which may be waiting in a
@@ -92,8 +98,11 @@ class Stop:
             self._note(heard[0])
 
     def _look_for_file(self) -> None:
-        if self.file is not None and not self.requested and self.file.exists():
-            self.file.unlink(missing_ok=True)
+        if self.file is None or self.requested:
+            return
+        with suppress(OSError):  # a shared file system may fail for a while; look again
+            self.file.unlink()
+            self._by_file = True
             os.kill(os.getpid(), signal.SIGHUP)  # wakes the main thread too
 
     def _note(self, number: int) -> None:
@@ -106,6 +115,15 @@ class Stop:
             os._exit(128 + number)
         if not self.requested:
             self.requested, self.since = True, now
+            self.deadline = math.inf if self._by_file else now + _shutdown_seconds()
+
+
+def _shutdown_seconds() -> float:
+    """Return how long torchrun lets us live after a signal; it reads the same variables."""
+    for name in ("PET_SHUTDOWN_TIMEOUT", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        with suppress(ValueError):
+            return float(os.environ.get(name, ""))
+    return SHUTDOWN_SECONDS
 
 
 def _has_launcher() -> bool:

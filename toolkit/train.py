@@ -26,7 +26,7 @@ from toolkit.console import complain, say
 from toolkit.data.cache import TokenCache
 from toolkit.data.report import describe
 from toolkit.data.steps import Stream
-from toolkit.errors import ConfigError, DataError, Preempted, ToolkitError
+from toolkit.errors import CheckpointError, ConfigError, DataError, Preempted, ToolkitError
 from toolkit.launcher import Turn, refuse_contradictions
 from toolkit.prepare import prepare_data
 from toolkit.record.checkpoints import Origin, choose, differences
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 def start(config: RunConfig, turn: Turn, stop: Stop) -> int:
     """Prepare the data and train; record in the run folder how it ends."""
     folder = RunFolder(Path(config.output_dir) / str(config.run_id))
-    if turn.is_main:
+    if turn.is_main and not config.dry_run and not folder.in_use():
         stop.file = folder.stop_file
     try:
         refuse_contradictions(config)
@@ -71,10 +71,12 @@ def start(config: RunConfig, turn: Turn, stop: Stop) -> int:
         num_steps = part(Stream, config, num_rows=len(tokens.splits["train"])).num_steps
         if num_steps == 0:
             raise DataError([f"epochs ({config.epochs}) of these training rows are not one step"])
-    except ToolkitError as error:
+    except (ToolkitError, OSError) as error:
+        # a library may have made something else of `Preempted`
+        failure = Preempted() if stop.requested else error
         if turn.is_main:
-            folder.record_failure(error.status, str(error))
-        raise
+            folder.record_failure(getattr(failure, "status", "io_error"), str(failure))
+        raise failure from error
     if folder.status == "completed" and not config.overwrite:
         return show_result(config, tokens, folder, turn)
     if turn.is_main:
@@ -88,6 +90,7 @@ def start(config: RunConfig, turn: Turn, stop: Stop) -> int:
         point = None
         if turn.is_main:
             stack.enter_context(folder.claim(CLAIM_SECONDS))
+            stop.file = folder.stop_file
             point = open_folder(config, tokens, folder)
         from toolkit.run import run  # imports torch, which takes a second
 
@@ -106,8 +109,15 @@ def open_folder(config: RunConfig, tokens: TokenCache, folder: RunFolder) -> Pat
         raise ConfigError(
             [f"{folder.path} was completed while this start waited; start again to see its result"]
         )
+    if folder.has_gone_on_from(resume):
+        say(f"{folder.path} has gone on from {resume} before, and has newer checkpoints of its own")
+        resume = "auto"
     origin = Origin(config.identity(), config.hash(), tokens.folder.name)
-    point = choose(resume, folder.checkpoints, origin)
+    try:
+        point = choose(resume, folder.checkpoints, origin)
+    except CheckpointError as error:
+        folder.set_status(error.status, message=str(error))
+        raise
     folder.open(point)
     return point
 

@@ -50,7 +50,8 @@ class Replicas:
 
     def can_rejoin(self, in_backward: bool) -> bool:
         """See `Runtime.can_rejoin`."""
-        return not (in_backward and self.exchanges)
+        alone = self.accelerator.num_processes == 1
+        return alone or not (in_backward and self.exchanges)
 
     def backward(self, loss: Tensor) -> None:
         """Add a loss's gradient."""

@@ -161,7 +161,7 @@ class Runtime:
         Not when it has begun to exchange gradients: nobody knows how many of them have gone out.
         """
         exchanging, self.in_backward = self.in_backward, False
-        return self.world_size == 1 or self.strategy.can_rejoin(exchanging)
+        return self.strategy.can_rejoin(exchanging)
 
     def spoil(self, forward: Callable[[], Tensor]) -> None:
         """Take part in a micro-batch with a gradient that keeps all ranks from taking the step."""

@@ -21,8 +21,10 @@ from toolkit.engine.phases import Phases
 from toolkit.stop import Stop
 
 BEAT_SECONDS = 1.0
-GRACE_SECONDS = 20.0
-"""Once asked to stop, how long a phase may last: the launcher kills 30 s after it asked."""
+SPARE_SECONDS = 10.0
+"""How long before the launcher's SIGKILL a rank that cannot go on says why."""
+SAVING = ("save", "before_rename", "after_rename", "prune")
+"""Phases that may take long on a slow disk, and are the point of being asked to stop."""
 
 
 RECORD_BYTES = 256
@@ -95,15 +97,17 @@ class Watchdog:
     def _overdue(self) -> bool:
         if self.stuck_seconds() > self.timeout:
             return True
-        asked = self.stop.requested and time.monotonic() - self.stop.since > GRACE_SECONDS
-        return asked and self.stuck_seconds() > GRACE_SECONDS
+        left = self.stop.deadline - time.monotonic()
+        return left < SPARE_SECONDS < self.stuck_seconds() and self.phases.name not in SAVING
 
     def _give_up(self) -> None:
         seconds = self.stuck_seconds()
-        self.on_lost(f"nothing has moved for {seconds:.0f} s. {self.find_lost()}")
-        for facts in self.silent.values():
-            self._kill_twin(facts)
-        os._exit(1)
+        try:
+            self.on_lost(f"nothing has moved for {seconds:.0f} s. {self.find_lost()}")
+            for facts in self.silent.values():
+                self._kill_twin(facts)
+        finally:
+            os._exit(1)
 
     def _kill_twin(self, facts: dict[str, Any]) -> None:
         """Kill a stopped rank of ours on this machine: the launcher would wait for it for 30 s."""

@@ -90,7 +90,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
         facts = json.loads(text)
         facts.pop("manifest_sha256")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{MANIFEST} cannot be read ({error})") from error
     if text != _with_hash(facts):
         raise DamagedError(f"{MANIFEST} was changed")
@@ -109,16 +109,23 @@ def verify(folder: Path) -> dict[str, Any]:
     if folder.name != folder_name(manifest["step"]):
         raise DamagedError(f"it is of step {manifest['step']}, its name says otherwise")
     for name, expected in manifest["files"].items():
-        path = folder / name
-        if path.name != name or path.parent != folder:
-            raise DamagedError(f"{name!r} is not a file name")
-        if path.is_symlink() or not path.is_file():
-            raise DamagedError(f"{name} is missing")
-        if path.stat().st_size != expected["size"]:
-            raise DamagedError(f"{name} has {path.stat().st_size} bytes, not {expected['size']}")
-        if describe_file(path) != expected:
-            raise DamagedError(f"{name} was changed")
+        try:
+            _verify_file(folder, name, expected)
+        except OSError as error:
+            raise DamagedError(f"{name} cannot be read ({error.strerror})") from error
     return manifest
+
+
+def _verify_file(folder: Path, name: str, expected: dict[str, Any]) -> None:
+    path = folder / name
+    if path.name != name or path.parent != folder:
+        raise DamagedError(f"{name!r} is not a file name")
+    if path.is_symlink() or not path.is_file():
+        raise DamagedError(f"{name} is missing")
+    if path.stat().st_size != expected["size"]:
+        raise DamagedError(f"{name} has {path.stat().st_size} bytes, not {expected['size']}")
+    if describe_file(path) != expected:
+        raise DamagedError(f"{name} was changed")
 
 
 def choose(resume: str, folder: Path, origin: Origin) -> Path | None:
@@ -200,7 +207,7 @@ def set_newer_aside(folder: Path, chosen: Path) -> None:
 def clear_unfinished(folder: Path) -> None:
     """Remove what killed processes had begun."""
     for left in folder.glob(".step-*"):
-        shutil.rmtree(left)
+        shutil.rmtree(left, ignore_errors=True)  # a rank that is about to die may still write there
 
 
 def prune(folder: Path, keep: int) -> list[Path]:

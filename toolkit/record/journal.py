@@ -16,17 +16,20 @@ import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 
-from toolkit.console import say
+from toolkit.console import complain, say
 from toolkit.errors import CheckpointError, ConfigError
 from toolkit.files import publish_folder, sync, write_json, write_text
-from toolkit.record.checkpoints import clear_unfinished, set_newer_aside
+from toolkit.record.checkpoints import clear_unfinished, set_newer_aside, steps_in
+from toolkit.redact import redact_values
 
 OUR_FILES = {"status.json", "run.json", "config.yaml"}
 """What tells a run folder from a folder of the user's."""
@@ -38,18 +41,37 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
-        self.ranks = path / ".ranks"
         self.stop_file = path / "STOP"
         self.split = 1
         """Into how many parts to cut micro-batches: those of the start before did not fit."""
+        self.start = ""
+        """Name of this start; a rank that outlives its own may not write into the next one's."""
+        self.pending: list[str] = []
+        """Lines of the journal that a full disk did not take."""
+
+    @property
+    def ranks(self) -> Path:
+        """Where the ranks of this start tell each other that they live."""
+        return self.path / ".ranks" / self.start
 
     @property
     def status(self) -> str | None:
         """The recorded status, or None if there is no run yet."""
+        return self._read_status().get("status")
+
+    def _read_status(self) -> dict[str, Any]:
         try:
-            return json.loads((self.path / "status.json").read_text())["status"]
-        except (OSError, ValueError, KeyError):
-            return None
+            return dict(json.loads((self.path / "status.json").read_text()))
+        except (OSError, ValueError, TypeError):
+            return {}
+
+    def in_use(self) -> bool:
+        """Tell whether another process is writing here."""
+        try:
+            with self._lock():
+                return False
+        except ConfigError:
+            return True
 
     def summary(self) -> dict[str, Any]:
         """Return what a completed run left."""
@@ -70,37 +92,44 @@ class RunFolder:
 
     def open(self, point: Path | None) -> None:
         """Make a claimed folder ready to write: a new one, or what a checkpoint goes on from."""
-        self.split = self._split_after_oom()
+        self.split = int(self._read_status().get("split", 1))
+        self.start = uuid.uuid4().hex[:8]
         if point is None:
             self._move_aside()
-            self.path.mkdir()
+            self.set_status("running", split=self.split)
         elif point.resolve().parent == self.checkpoints.resolve():
             set_newer_aside(self.checkpoints, point)
             clear_unfinished(self.checkpoints)
         else:
-            self._move_aside()
-            self.path.mkdir()
             self._copy_record(point.parent.parent)
         self.clear_signs_of_life()
-        self.set_status("running")
+        self.set_status("running", split=self.split)
 
-    def _split_after_oom(self) -> int:
+    def has_gone_on_from(self, resume: str) -> bool:
+        """Tell whether an earlier start was told the same path, and has saved since.
+
+        The same command has to go on from where it was, and not from that path for ever.
+        """
         try:
-            status = json.loads((self.path / "status.json").read_text())
-            return int(status["split"]) if status["status"] == "oom" else 1
-        except (OSError, ValueError, KeyError):
-            return 1
+            before = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError):
+            return False
+        is_path = resume not in ("auto", "strict", "none")
+        return is_path and before["resume"] == resume and bool(steps_in(self.checkpoints))
 
     def _copy_record(self, other: Path) -> None:
         """Take over what another folder's run has left besides its checkpoint."""
+        if not (other / "metrics.jsonl").exists():
+            raise CheckpointError(f"{other} has no metrics.jsonl: is it the whole run folder?")
+        self._move_aside()
+        self.set_status("running", split=self.split)  # marks the folder as a run's
         for best in other.glob("best-step-*"):
             shutil.copytree(best, self.path / best.name)
-        if (other / "metrics.jsonl").exists():
-            shutil.copyfile(other / "metrics.jsonl", self.path / "metrics.jsonl")
+        shutil.copyfile(other / "metrics.jsonl", self.path / "metrics.jsonl")
 
     def clear_signs_of_life(self) -> None:
         """Remove what the ranks tell each other while they run."""
-        shutil.rmtree(self.ranks, ignore_errors=True)
+        shutil.rmtree(self.path / ".ranks", ignore_errors=True)
 
     def length(self) -> int:
         """Return the bytes of `metrics.jsonl`, which a checkpoint notes."""
@@ -132,9 +161,14 @@ class RunFolder:
                 self.set_status(status, message=message)
 
     def record_crash(self, status: str, **detail: Any) -> None:
-        """Record an end that not all ranks agreed on: the first to notice knows best."""
-        if self.status == "running":
-            self.set_status(status, **detail)
+        """Record an end that not all ranks agreed on: the first to notice knows best.
+
+        If the disk is full there is nothing more to do: the message has been printed too.
+        """
+        now = self._read_status()
+        if now.get("status") == "running" and now.get("start") == self.start:
+            with suppress(OSError):
+                self.set_status(status, **detail)
 
     @contextmanager
     def _lock(self, wait_seconds: float = 0) -> Iterator[None]:
@@ -156,7 +190,8 @@ class RunFolder:
     def _is_ours(self) -> bool:
         """Tell whether the folder is absent, empty or a run's."""
         names = {path.name for path in self.path.iterdir()} if self.path.exists() else set()
-        return not names or bool(names & OUR_FILES)
+        begun = any(name.startswith(".status.json.tmp-") for name in names)
+        return not names or begun or bool(names & OUR_FILES)
 
     def _move_aside(self) -> None:
         """Keep an earlier run under another name, unless it ended before it had anything to keep."""
@@ -174,21 +209,42 @@ class RunFolder:
     def begin(self, config_yaml: str, provenance: dict[str, Any]) -> None:
         """Write what is known before the first step."""
         write_text(self.path / "config.yaml", config_yaml)
-        write_json(self.path / "run.json", provenance)
+        write_json(self.path / "run.json", redact_values(provenance))
 
     def set_status(self, status: str, **detail: Any) -> None:
         """Record how the run stands; the launcher hides exit codes, so scripts read this."""
         self.path.mkdir(parents=True, exist_ok=True)
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        write_json(self.path / "status.json", {"status": status, "time": stamp} | detail)
+        facts = {"status": status, "time": stamp, "start": self.start}
+        write_json(self.path / "status.json", redact_values(facts | detail))
 
     def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Append one line to `metrics.jsonl`, on disk before this returns."""
+        """Append one line to `metrics.jsonl`, on disk before this returns, if there is room."""
         line = json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3)} | values)
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self.pending.append(line + "\n")
+        try:
+            self.flush()
+        except OSError as error:
+            if len(self.pending) == 1:
+                complain(
+                    f"WARNING: metrics.jsonl cannot be written: {error}. Its lines are kept back"
+                )
+
+    def flush(self) -> None:
+        """Write the lines that are kept back; no checkpoint goes without them."""
+        if not self.pending:
+            return
+        before = self.length()
+        try:
+            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(self.pending)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self.path / "metrics.jsonl", before)
+            raise
+        self.pending.clear()
 
     @contextmanager
     def best_model(self, step: int) -> Iterator[Path]:
@@ -220,7 +276,8 @@ class RunFolder:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary, then the status: who sees "completed" finds a summary."""
-        write_json(self.path / "summary.json", summary)
+        self.flush()
+        write_json(self.path / "summary.json", redact_values(summary))
         self.set_status("completed")
         self.clear_signs_of_life()
 

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -37,14 +38,16 @@ class TrainingProgress:
         trace: TracebackType | None,
     ) -> None:
         if self.bar:
-            self.bar.stop()
+            with suppress(OSError):  # the terminal may be gone
+                self.bar.stop()
 
     def update(self, done: int, values: dict[str, Any] | None = None) -> None:
         """Report that `done` steps are done, with new figures if there are any."""
         if values:
             self.figures = _figures(done, values)
         if self.bar:
-            self.bar.update(self.task, completed=done, figures=self.figures)
+            with suppress(OSError):
+                self.bar.update(self.task, completed=done, figures=self.figures)
         elif self.enabled and self._is_due(done, bool(values)):
             self.last_line = time.monotonic()
             left = (
@@ -55,7 +58,8 @@ class TrainingProgress:
     def note(self, text: str) -> None:
         """Print a line above the bar."""
         if self.bar:
-            self.bar.console.print(text, highlight=False)
+            with suppress(OSError):
+                self.bar.console.print(text, highlight=False)
         elif self.enabled:
             say(text)
 

@@ -1,0 +1,83 @@
+"""Requests to stop are noted whatever the main thread is doing, and whatever the disk does."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from conftest import run_python
+
+from toolkit.errors import Preempted
+from toolkit.stop import Stop
+
+
+def wait_until_requested(stop: Stop) -> None:
+    deadline = time.monotonic() + 5
+    while not stop.requested:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP])
+def test_a_signal_is_noted_and_its_deadline(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PET_SHUTDOWN_TIMEOUT", "300")
+    before = signal.getsignal(number)
+    with Stop() as stop:
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)  # Ctrl-C arrives twice
+        wait_until_requested(stop)
+        assert 290 < stop.deadline - time.monotonic() <= 300
+        with pytest.raises(Preempted), stop.raising():
+            pass
+    assert signal.getsignal(number) is before
+
+
+def test_raising_interrupts() -> None:
+    asked = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
+    with Stop() as stop:
+        asked.start()
+        with pytest.raises(Preempted), stop.raising():
+            time.sleep(5)
+
+
+def test_a_file_on_a_disk_that_fails_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, failed = Path.unlink, []
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "STOP" and path.exists() and not failed:
+            failed.append(path)
+            raise OSError(116, "Stale file handle")
+        plain(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    with Stop() as stop:
+        stop.file = tmp_path / "STOP"
+        time.sleep(0.6)
+        assert not stop.requested
+        stop.file.touch()
+        wait_until_requested(stop)
+        assert stop.deadline == float("inf"), "nobody kills us for a file"
+        assert failed
+        assert not stop.file.exists()
+
+
+def test_a_closed_terminal_does_not_end_a_run(tiny_flags: list[str]) -> None:
+    """`| tee log` dies with the same Ctrl-C."""
+    code = """
+import os, sys
+from toolkit.train import main
+reader, writer = os.pipe()
+os.close(reader)
+os.dup2(writer, 1)
+os.dup2(writer, 2)
+os._exit(main(sys.argv[1:]))
+"""
+    done = run_python("-c", code, *tiny_flags, "--max_steps=8")
+    assert done.returncode == 0, sys.version
