@@ -85,6 +85,7 @@ class Battery:
             step = EVALUATED_STEP if phase == "evaluate" else 3 + 5 * number
             rank = 0 if phase in MAIN_ONLY else self.dice.randrange(launch[1])
             kills += subject.run(f"kill@{phase}:{rank}:{step}") != 0
+            assert step - 1 <= subject.newest_step() <= step, subject.said()
         assert kills == len(PHASES), subject.said()
         return self.finish(subject, reference, kills, launch)
 
@@ -103,12 +104,12 @@ class Battery:
             subject.end(process, 60)
             subject.wait_until_gone(40)
             done += 1
-            lost.append(max(subject.steps() or [0]) - self.newest(subject))
+            lost.append(max(subject.steps() or [0]) - subject.newest_step())
         return self.finish(subject, reference, done, launch) | {"steps_lost": lost}
 
     def start_moving(self, subject: Subject) -> "subprocess.Popen[bytes]":
         """Start a run and wait until it has gone beyond its checkpoint, or ended."""
-        before = self.newest(subject)
+        before = subject.newest_step()
         process = subject.start()
 
         def moves() -> bool:
@@ -135,12 +136,6 @@ class Battery:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
-
-    @staticmethod
-    def newest(subject: Subject) -> int:
-        """The step of the newest checkpoint."""
-        found = list(subject.runs.glob("*/checkpoints/step-*"))
-        return max((int(path.name.split("-")[1]) for path in found), default=0)
 
     def finish(
         self, subject: Subject, reference: Subject, kills: int, launch: tuple[str, int, str]

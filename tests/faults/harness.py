@@ -106,6 +106,11 @@ class Subject:
         path = self.folder / "metrics.jsonl"
         return [row["step"] for row in _rows(path) if row["kind"] == kind] if path.exists() else []
 
+    def newest_step(self) -> int:
+        """The step of the newest checkpoint, 0 if there is none."""
+        found = self.runs.glob("*/checkpoints/step-*")
+        return max((int(path.name.split("-")[1]) for path in found), default=0)
+
     def has_logged(self, step: int) -> bool:
         """Tell whether a step is in the journal."""
         try:
