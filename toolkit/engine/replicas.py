@@ -86,14 +86,6 @@ class Replicas:
         for key, value in values.items():
             state[key].copy_(value)
 
-    def updates(self) -> int:
-        """Return AdamW's own count of updates."""
-        return updates(self.optimizer)
-
-    def set_updates(self, count: int) -> None:
-        """Set AdamW's own count of updates."""
-        set_updates(self.optimizer, count)
-
     @staticmethod
     @torch.no_grad()
     def put(parameter: nn.Parameter, whole: Tensor) -> None:

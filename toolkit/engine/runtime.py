@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from toolkit.data.batches import Batch
 from toolkit.data.hashing import key64
 from toolkit.engine.phases import Phases
-from toolkit.engine.replicas import MOMENTS, Replicas, State, whole_shape
+from toolkit.engine.replicas import MOMENTS, Replicas, State, set_updates, updates, whole_shape
 from toolkit.engine.zero import Zero
 
 SPARE_SECONDS = 60
@@ -197,7 +197,7 @@ class Runtime:
             self.strategy.backward(0 * forward())
         self.strategy.step()
         self.strategy.warmed_up()
-        self.strategy.set_updates(0)
+        set_updates(self.strategy.optimizer, 0)
 
     def state(self) -> Iterator[tuple[str, State]]:
         """Yield each parameter's name and whole state; all ranks have to run through it together."""
@@ -205,17 +205,20 @@ class Runtime:
 
     def updates(self) -> int:
         """Return how many updates AdamW has made, as its bias correction counts them."""
-        return self.strategy.updates()
+        return updates(self.strategy.optimizer)
 
-    def load_moments(self, moments: dict[str, dict[str, Tensor]], updates: int) -> None:
-        """Put back AdamW's moments by parameter name; the main process's count, all take part."""
+    def load_moments(self, moments: dict[str, dict[str, Tensor]], count: int) -> None:
+        """Put back AdamW's moments by parameter name, and its count of updates.
+
+        Those of the main process are used; all ranks take part.
+        """
         for name, parameter in self.strategy.plain.named_parameters():
             values = {
                 key: self._whole_from_main(parameter, moments.get(name, {}).get(key))
                 for key in MOMENTS
             }
             self.strategy.set_moments(name, values)
-        self.strategy.set_updates(updates)
+        set_updates(self.strategy.optimizer, count)
 
     def load_weights(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
         """Put whole weights by name into a model; the main process's count, all ranks take part.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from toolkit.engine.replicas import MOMENTS, State, dtypes, moments, set_updates, updates
+from toolkit.engine.replicas import MOMENTS, State, dtypes, moments
 
 
 class Zero:
@@ -125,14 +125,6 @@ class Zero:
         size = parameter.ds_tensor.numel()
         mine = value.flatten()[self.rank * size : (self.rank + 1) * size]
         return functional.pad(mine, (0, size - mine.numel()))
-
-    def updates(self) -> int:
-        """Return AdamW's own count of updates."""
-        return updates(self.optimizer)
-
-    def set_updates(self, count: int) -> None:
-        """Set AdamW's own count of updates."""
-        set_updates(self.optimizer, count)
 
     @staticmethod
     @torch.no_grad()
