@@ -108,15 +108,12 @@ class Battery:
         return self.finish(subject, reference, done, launch) | {"steps_lost": lost}
 
     def start_moving(self, subject: Subject) -> "subprocess.Popen[bytes]":
-        """Start a run and wait until it has gone beyond its checkpoint, or ended."""
-        before = subject.newest_step()
+        """Start a run and wait until all its ranks live and its journal grows, or it has ended."""
+        before = subject.journal_time()
         process = subject.start()
 
         def moves() -> bool:
-            try:
-                return max(subject.steps(), default=0) > before + 1
-            except (ValueError, OSError):  # the folder is being moved aside, or a line written
-                return False
+            return subject.journal_time() != before and len(subject.workers()) == subject.processes
 
         subject.wait_for(lambda: process.poll() is not None or moves())
         return process
@@ -130,7 +127,7 @@ class Battery:
             "ranks": workers,
             "launcher": [launcher],
             "everything": [launcher, *workers],
-        }[whom]
+        }[whom] or [launcher]
         for pid in victims:
             try:
                 os.kill(pid, signal.SIGKILL)

@@ -111,6 +111,11 @@ class Subject:
         found = self.runs.glob("*/checkpoints/step-*")
         return max((int(path.name.split("-")[1]) for path in found), default=0)
 
+    def journal_time(self) -> int:
+        """When the journal was last written, 0 if there is none."""
+        times = [path.stat().st_mtime_ns for path in self.runs.glob("*/metrics.jsonl")]
+        return max(times, default=0)
+
     def has_logged(self, step: int) -> bool:
         """Tell whether a step is in the journal."""
         try:
