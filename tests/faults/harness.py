@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,6 @@ class Subject:
     config: str = "cpu2"
     processes: int = 2
     starts: int = 0
-    printed: list[str] = field(default_factory=list)
-    """What each start printed."""
 
     @property
     def folder(self) -> Path:

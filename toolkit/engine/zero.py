@@ -33,7 +33,7 @@ class Zero:
 
     @staticmethod
     def configure(settings: dict[str, Any], max_norm: float) -> None:
-        """Fill in DeepSpeed's settings from ours; `launch_files` has refused contradictions."""
+        """Fill in DeepSpeed's settings from ours; `launcher` has refused contradictions."""
         settings |= {
             # nominal: the loop deals the rows and says itself which micro-batch is the last
             "train_micro_batch_size_per_gpu": 1,
