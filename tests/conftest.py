@@ -1,8 +1,7 @@
-"""What tests share: a tiny BERT, tiny reviews, and the real launcher."""
+"""Fixtures: a tiny BERT, tiny reviews, and an environment without the developer's own settings."""
 
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,11 +9,6 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import make_data, make_encoder
-from toolkit.data.cache import TokenCache
-from toolkit.data.prepare import DataSpec, prepare
-from toolkit.data.sources import open_source
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -77,42 +71,8 @@ def tiny_flags(tiny_encoder: Path, tiny_data: Path, tmp_path: Path) -> list[str]
     ]
 
 
-def run_python(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run this interpreter and capture what it prints."""
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        cwd="/",
-        timeout=240,
-    )
-
-
-def launcher(processes: int, config: str | None = None) -> list[str]:
-    """Return the command line of the real `accelerate launch`, up to the script."""
-    name = config or ("cpu" if processes == 1 else "cpu2")
-    file = ROOT / "launch" / f"{name}.yaml"
-    command = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(file)]
-    return [*command, "--num_processes", str(processes), "--num_cpu_threads_per_process", "1"]
-
-
-def launch(
-    processes: int, script: Path, *arguments: str | Path, config: str | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run a script under the real `accelerate launch`, from another working directory."""
-    command = [*launcher(processes, config), str(script)]
-    return run_python(*command, *arguments, ACCELERATE_USE_CPU="true")
-
-
 @pytest.fixture
 def silent_server() -> Iterator[str]:
     """A server on the loopback interface that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
-
-
-def build_cache(spec: DataSpec, encoder: Path, cache: Path) -> TokenCache:
-    """Prepare a data set as `toolkit.prepare` does."""
-    return prepare(spec, open_source(spec, cache), encoder, cache)

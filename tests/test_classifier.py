@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import build_cache
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import BertForSequenceClassification, BertModel
 
+from tests.tiny import build_cache
 from toolkit.data.batches import Batch, evaluation_batches, make_batch
 from toolkit.data.prepare import DataSpec
 from toolkit.data.steps import cost
@@ -120,16 +120,16 @@ def test_an_empty_micro_batch_has_gradient_zero(
 
 def test_depth_width_activation_and_dropout_are_configurable() -> None:
     options = HeadOptions(width=5, depth=4, activation="tanh", dropout=0.2)
-    layers = [type(layer).__name__ for layer in build_head("v3", 7, 2, options)]
+    layers = [type(layer).__name__ for layer in build_head("v3", 7, 2, options).children()]
     assert layers == ["Dropout", "Linear", "Tanh"] * 3 + ["Dropout", "Linear"]
     shapes = [
         (m.in_features, m.out_features)
-        for m in build_head("v3", 7, 2, options)
+        for m in build_head("v3", 7, 2, options).children()
         if hasattr(m, "weight")
     ]
     assert shapes == [(7, 5), (5, 5), (5, 5), (5, 2)]
     depths = {
-        name: sum(hasattr(m, "weight") for m in build_head(name, 7, 2, HeadOptions()))
+        name: sum(hasattr(m, "weight") for m in build_head(name, 7, 2, HeadOptions()).children())
         for name in HEADS
     }
     assert depths == {"v1": 1, "v2": 2, "v3": 3}

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, run_python
 
+from tests.programs import ROOT, run_python
 from toolkit.config import FIELDS, RunConfig, build_parser, head_names, parse
 from toolkit.errors import ConfigError
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, launch, launcher
+
+from tests.programs import ROOT, TRAIN, launch, launcher
 
 WORKER = ROOT / "tests" / "workers" / "train_few_steps.py"
-TRAIN = ROOT / "toolkit" / "train.py"
 WORLDS = (1, 2, 3)
 STEPS = 5
 LIKE_PACKED = ("accum1", "accum4", "accum7", "max_tokens", "padded", "padded_accum3")

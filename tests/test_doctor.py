@@ -4,8 +4,8 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
+from tests.programs import ROOT
 from toolkit import doctor
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, run_python
 from packaging.requirements import Requirement
 
+from tests.programs import ROOT, run_python
 from toolkit.config import FIELDS, parse
 from toolkit.data.sources import DATASETS
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import build_cache, run_python
 from tokenizers import Tokenizer
 
+from tests.programs import run_python
+from tests.tiny import build_cache
 from toolkit.data.cache import open_cache
 from toolkit.data.prepare import DataSpec
 from toolkit.data.report import describe
@@ -116,8 +117,8 @@ def test_the_fingerprint_covers_what_matters(
         (other_rows / file.name).write_bytes(file.read_bytes())
     moved = replace(spec, dataset=str(other_rows))
     assert build_cache(moved, tiny_encoder, tmp_path).folder == first  # same content elsewhere
-    with (other_rows / "train.csv").open("a") as file:
-        file.write("one more,pos\n")
+    with (other_rows / "train.csv").open("a") as handle:
+        handle.write("one more,pos\n")
     other_encoder = tmp_path / "encoder"
     other_encoder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -38,7 +38,7 @@ def test_a_reader_never_sees_a_half_written_file(
     def watched(self: Path, text: str, **options: object) -> int:
         plain(self, text[: len(text) // 2])
         seen.append(json.loads(path.read_text())["status"])
-        return plain(self, text, **options)  # type: ignore[arg-type]
+        return plain(self, text, **options)
 
     monkeypatch.setattr(Path, "write_text", watched)
     write_json(path, {"status": "completed"})

@@ -9,14 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, launch, run_python
 
+from tests.programs import TRAIN, launch, run_python
 from toolkit.config import RUN_ID, head_names, parse
 from toolkit.errors import ConfigError
 from toolkit.redact import redact
 from toolkit.train import main
 
-TRAIN = ROOT / "toolkit" / "train.py"
 PICKLES = (
     "pytorch_model.bin",
     "model.bin",

@@ -8,8 +8,9 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import build_cache, reviews, run_python
 
+from tests.programs import run_python
+from tests.tiny import build_cache, reviews
 from toolkit.data.prepare import DataSpec
 from toolkit.data.rows import SourceSpec
 from toolkit.data.sources import open_source
@@ -25,7 +26,7 @@ def write(path: Path, text: str, encoding: str = "utf-8") -> Path:
 def usable(path: Path, **choices: object) -> list[tuple[str, int]]:
     """Read a source and return (text, class) of its usable rows."""
     bad_rows = str(choices.pop("bad_rows", "error"))
-    source = open_source(SourceSpec(str(path), **choices), path)  # type: ignore[arg-type]
+    source = open_source(SourceSpec(str(path), **choices), path)
     split = check(source, bad_rows)["train"]
     return [
         (row.text, int(split.labels[number]))

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import run_python
 
+from tests.programs import run_python
 from toolkit.errors import Preempted
 from toolkit.stop import Stop
 

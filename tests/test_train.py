@@ -11,15 +11,13 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
-from conftest import ROOT, launch, run_python
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from tests.programs import TRAIN, launch, run_python
 from toolkit.config import RunConfig
 from toolkit.train import main
-
-TRAIN = ROOT / "toolkit" / "train.py"
 
 
 def only_run(flags: list[str]) -> Path:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, launch
+
+from tests.programs import ROOT, launch
 
 WORKER = ROOT / "tests" / "workers" / "compare_distributions.py"
 LAUNCHES = {

@@ -3,6 +3,10 @@
 import csv
 from pathlib import Path
 
+from toolkit.data.cache import TokenCache
+from toolkit.data.prepare import DataSpec, prepare
+from toolkit.data.sources import open_source
+
 POSITIVE = ["great", "love", "perfect", "excellent", "works", "good"]
 NEGATIVE = ["bad", "broken", "awful", "poor", "waste", "hate"]
 NEUTRAL = ["the", "phone", "battery", "it", "is", "a", "camera", "and", "very", "this", "sound"]
@@ -58,3 +62,8 @@ def make_data(folder: Path) -> Path:
         with (folder / f"{name}.csv").open("w", newline="") as file:
             csv.writer(file).writerows([("text", "label"), *reviews(count)])
     return folder
+
+
+def build_cache(spec: DataSpec, encoder: Path, cache: Path) -> TokenCache:
+    """Prepare a data set as `toolkit.prepare` does."""
+    return prepare(spec, open_source(spec, cache), encoder, cache)

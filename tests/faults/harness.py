@@ -18,8 +18,7 @@ from typing import Any
 import psutil
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-TRAIN = ROOT / "toolkit" / "train.py"
+from tests.programs import TRAIN, launcher
 
 
 @dataclass
@@ -46,10 +45,8 @@ class Subject:
     def start(self, fault: str = "", *extra: str, **environment: str) -> "subprocess.Popen[bytes]":
         """Start the launcher in a session of its own."""
         self.runs.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-        command += ["--config_file", str(ROOT / "launch" / f"{self.config}.yaml")]
-        command += ["--num_processes", str(self.processes), "--num_cpu_threads_per_process", "1"]
-        command += [str(TRAIN), *self.flags, f"--output_dir={self.runs}", *extra]
+        command = [sys.executable, *launcher(self.processes, self.config), str(TRAIN)]
+        command += [*self.flags, f"--output_dir={self.runs}", *extra]
         self.starts += 1
         settings = {"ACCELERATE_USE_CPU": "true", "TOOLKIT_FAULT": fault, "WANDB_MODE": "offline"}
         with (self.runs / f"start-{self.starts}.log").open("wb") as log:

@@ -36,7 +36,7 @@ def poison(runtime: Runtime) -> None:
         bad = len(calls) == 3 and runtime.rank == runtime.world_size - 1
         plain(loss + float("inf") if bad else loss, rows)
 
-    runtime.backward = backward  # type: ignore[method-assign]
+    runtime.backward = backward
 
 
 def run_case(name: str, config: RunConfig, runtime: Runtime) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def run_case(name: str, config: RunConfig, runtime: Runtime) -> dict[str, Any]:
 
     progress = Progress()
     train(trainer, hooks(log), progress)
-    runtime.backward = plain  # type: ignore[method-assign]
+    runtime.backward = plain
     result = {f"initial/{key}": value.numpy() for key, value in initial.items()}
     for key, value in runtime.state():
         result[f"weight/{key}"] = value.weight.float().numpy()

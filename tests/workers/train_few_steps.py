@@ -149,7 +149,7 @@ def poison(config: RunConfig, runtime: Runtime) -> dict[str, object]:
         bad = runtime.rank == runtime.world_size - 1 and calls["step"] in steps_poisoned
         backward(loss * float("nan") if bad else loss, rows)
 
-    runtime.backward = poisoned  # type: ignore[method-assign]
+    runtime.backward = poisoned
     progress = Progress()
     trainer.model.train()
     for step in range(4):
@@ -163,7 +163,7 @@ def poison(config: RunConfig, runtime: Runtime) -> dict[str, object]:
         diverged = False
     except DivergedError:
         diverged = True
-    runtime.backward = backward  # type: ignore[method-assign]
+    runtime.backward = backward
     checksum = float(sum(p.detach().double().abs().sum() for p in model.parameters()))
     same = float(runtime.sum(torch.tensor(checksum, dtype=torch.float64))) / runtime.world_size
     return {
