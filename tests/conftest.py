@@ -71,6 +71,23 @@ def tiny_flags(tiny_encoder: Path, tiny_data: Path, tmp_path: Path) -> list[str]
     ]
 
 
+@pytest.fixture(scope="session")
+def worker_flags(
+    tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path, tiny_data: Path
+) -> list[str]:
+    """Flags for the scripts in `workers`."""
+    return [
+        f"--encoder={tiny_encoder}",
+        f"--dataset={tiny_data}",
+        f"--cache_dir={tmp_path_factory.mktemp('worker_cache')}",
+        "--max_length=32",
+        "--batch_size=16",
+        "--lr=0.001",
+        "--dropout=0.2",
+        "--track=none",
+    ]
+
+
 @pytest.fixture
 def silent_server() -> Iterator[str]:
     """A server on the loopback interface that accepts connections and never answers."""

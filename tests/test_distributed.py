@@ -19,21 +19,11 @@ LIKE_PACKED = ("accum1", "accum4", "accum7", "max_tokens", "padded", "padded_acc
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path, tiny_data: Path) -> Path:
+def results(tmp_path_factory: pytest.TempPathFactory, worker_flags: list[str]) -> Path:
     """Run the worker once on each world size."""
     folder = tmp_path_factory.mktemp("results")
-    flags = [
-        f"--encoder={tiny_encoder}",
-        f"--dataset={tiny_data}",
-        f"--cache_dir={folder / 'cache'}",
-        "--max_length=32",
-        "--batch_size=16",
-        "--lr=0.001",
-        "--dropout=0.2",
-        "--track=none",
-    ]
     for world_size in WORLDS:
-        done = launch(world_size, WORKER, folder, str(world_size), *flags)
+        done = launch(world_size, WORKER, folder, str(world_size), *worker_flags)
         assert done.returncode == 0, done.stdout + done.stderr
     return folder
 

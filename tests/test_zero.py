@@ -35,21 +35,13 @@ TOLERANCE = {"fp32": 5e-7, "bf16": 2e-3}
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path, tiny_data: Path) -> Path:
+def results(tmp_path_factory: pytest.TempPathFactory, worker_flags: list[str]) -> Path:
     """Run the worker once under each launch config."""
     folder = tmp_path_factory.mktemp("zero")
-    flags = [
-        f"--encoder={tiny_encoder}",
-        f"--dataset={tiny_data}",
-        f"--cache_dir={folder / 'cache'}",
-        "--max_length=32",
-        "--batch_size=16",
-        "--lr=0.001",
-        "--dropout=0.2",
-        "--track=none",
-    ]
     for name, (config, processes) in LAUNCHES.items():
-        done = launch(processes, WORKER, folder / name, str(processes), *flags, config=config)
+        done = launch(
+            processes, WORKER, folder / name, str(processes), *worker_flags, config=config
+        )
         assert done.returncode == 0, f"{name}\n{done.stdout}{done.stderr}"
     return folder
 
@@ -108,6 +100,16 @@ def test_a_step_that_is_not_finite_on_one_rank_is_left_out_by_all(results: Path,
     assert ours["skipped"] == 1
     assert ours["updates"] == 3
     assert ours["log"][1, 1] == -1
+    assert difference(ours, reference, "weight") < 5e-7
+
+
+@pytest.mark.parametrize("accum", [1, 2])
+@pytest.mark.parametrize("name", ["one", "ddp2", "ddp3", "zero1", "zero2", "zero2_offload"])
+def test_out_of_memory_while_gradients_go_out(results: Path, name: str, accum: int) -> None:
+    """In every step, at another parameter, on another rank; nothing of it is left in the weights."""
+    ours, reference = load(results, name, f"out_of_memory_{accum}"), load(results, "one", "free")
+    assert ours["broken"] == ours["updates"] == 4
+    assert ours["skipped"] == 0
     assert difference(ours, reference, "weight") < 5e-7
 
 

@@ -30,8 +30,8 @@ def take_step(runtime: Runtime) -> None:
     """Let the ranks exchange a gradient; DeepSpeed builds for it what it has to build."""
     layer = torch.nn.Linear(8, 8)
     optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
-    model, _ = runtime.prepare(layer, optimizer, max_norm=1.0)
-    runtime.warm_up(lambda: model(torch.ones(4, 8, device=runtime.device)).float().sum())
+    runtime.prepare(layer, optimizer, max_norm=1.0)
+    runtime.warm_up(lambda model: model(torch.ones(4, 8, device=runtime.device)).float().sum())
 
 
 if __name__ == "__main__":

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from toolkit.config import RunConfig, part
 from toolkit.console import complain, say
 from toolkit.data.cache import TokenCache
 from toolkit.data.steps import Stream
-from toolkit.engine.checkpoint import Checkpoints, read_moments, read_progress, read_weights
+from toolkit.engine.checkpoint import read_moments, read_progress, read_weights
 from toolkit.engine.evaluate import Evaluation, evaluate
 from toolkit.engine.loop import (
     Hooks,
@@ -31,7 +31,7 @@ from toolkit.engine.runtime import Runtime
 from toolkit.engine.watchdog import Watchdog
 from toolkit.errors import CheckpointError, Preempted, ToolkitError
 from toolkit.model.classifier import ClassifierSpec, build_classifier
-from toolkit.record.checkpoints import Origin, prune
+from toolkit.record.checkpoints import Origin
 from toolkit.record.export import save_model, save_predictions
 from toolkit.record.journal import RunFolder
 from toolkit.record.metrics import as_record, table
@@ -39,6 +39,7 @@ from toolkit.record.progress import TrainingProgress
 from toolkit.record.provenance import provenance
 from toolkit.record.tracking import Tracker, wandb_project, wandb_settings
 from toolkit.redact import redact_values
+from toolkit.saving import Saving
 from toolkit.stop import Stop
 
 
@@ -111,10 +112,8 @@ class Run:
         self.tracker = Tracker()
         self.best: dict[str, Any] | None = None
         self.progress = Progress()
-        self.saved_step: int | None = None
-        self.saved_at = time.monotonic()
         origin = Origin(config.identity(), config.hash(), tokens.folder.name)
-        self.checkpoints = Checkpoints(runtime, folder.checkpoints, origin)
+        self.saving = Saving(config, runtime, folder, origin, stop)
         self.watchdog = Watchdog(
             folder.ranks,
             runtime.world_size,
@@ -206,7 +205,7 @@ class Run:
             spec=part(LoopSpec, config),
             optim=optim,
         )
-        runtime.warm_up(lambda: stand_in_loss(trainer))
+        runtime.warm_up(lambda model: stand_in_loss(trainer, model))
         self.restore()
         return trainer
 
@@ -220,7 +219,7 @@ class Run:
             )
             self.progress = Progress.from_json(notes["progress"])
             self.best = notes["best"]
-            self.saved_step = self.progress.step
+            self.saving.saved_step = self.progress.step
             if runtime.is_main:
                 best_step = self.best["step"] if self.best else None
                 self.folder.rewind(notes["journal_bytes"], best_step)
@@ -254,8 +253,7 @@ class Run:
 
     def wants(self) -> Wants:
         """Say what this rank wants besides training."""
-        due = time.monotonic() - self.saved_at >= 60 * self.config.save_minutes
-        return Wants(stop=self.stop.requested, save=due and self.runtime.is_main)
+        return Wants(stop=self.stop.requested, save=self.runtime.is_main and self.saving.is_due)
 
     def on_log(self, step: int, values: dict[str, Any]) -> None:
         """Record training figures."""
@@ -268,13 +266,10 @@ class Run:
         record = as_record(result.counts, result.loss)
         better = self.best is None or _score(record, self.config) > _score(self.best, self.config)
         if better:
-            problem = self.save_best(step, record)
-            if problem:
-                self.on_failed_save(
-                    f"the best model so far, of step {step}, was not kept: {problem}"
-                )
-            else:
-                self.best = record | {"step": step}
+            record |= {"step": step}
+            weights = self.runtime.whole_weights()
+            if self.saving.best(step, lambda folder: self.write_best(folder, weights, record)):
+                self.best = record
         self.record("eval", step, flatten("eval", record))
         name = self.config.best_metric
         shown = record["loss"] if name == "loss" else record[name]["value"]
@@ -294,85 +289,23 @@ class Run:
             wants_stop=lambda: self.stop.requested,
         )
 
-    def save_best(self, step: int, record: dict[str, Any]) -> str | None:
-        """Write the model folder; return what went wrong, the same on all ranks."""
-        weights = self.runtime.whole_weights()
-        self.runtime.phases.enter("save")
-        problem = None
-        if self.runtime.is_main:
-            card = {
-                "run_id": self.config.run_id,
-                "head": self.config.head,
-                "dataset": self.config.dataset,
-                "encoder": self.config.encoder,
-                "labels": ", ".join(self.tokens.label_names),
-                "step": step,
-                "folder": (self.folder.path / "best").absolute(),
-            }
-            model = self.runtime.unwrap(self.model)
-            try:
-                with self.folder.best_model(step) as aside:
-                    save_model(model, weights, self.encoder, aside, card, record)
-            except (OSError, SafetensorError) as error:
-                problem = str(error)
-        return self.runtime.from_main(problem)
+    def write_best(self, folder: Path, weights: dict[str, Tensor], record: dict[str, Any]) -> None:
+        """Write the model as a folder that transformers reads."""
+        card = {
+            "run_id": self.config.run_id,
+            "head": self.config.head,
+            "dataset": self.config.dataset,
+            "encoder": self.config.encoder,
+            "labels": ", ".join(self.tokens.label_names),
+            "step": record["step"],
+            "folder": (self.folder.path / "best").absolute(),
+        }
+        model = self.runtime.unwrap(self.model)
+        save_model(model, weights, self.encoder, folder, card, record)
 
     def on_save(self, progress: Progress) -> None:
-        """Write a checkpoint, unless there is one of this step."""
-        if progress.step == self.saved_step:
-            return
-        problem = self.flush_journal() if self.runtime.is_main else None
-        problem = self.runtime.from_main(problem)
-        notes = {
-            "progress": asdict(progress),
-            "updates": self.runtime.updates(),
-            "best": self.best,
-            "journal_bytes": self.folder.length() if self.runtime.is_main else None,
-        }
-        problems = [problem] if problem else self.checkpoints.save(progress.step, notes)
-        self.saved_at = time.monotonic()
-        if problems:
-            newest = (
-                "there is none yet"
-                if self.saved_step is None
-                else f"it is of step {self.saved_step}"
-            )
-            self.on_failed_save(
-                f"no checkpoint of step {progress.step}: {'; '.join(problems)}. The one before it "
-                f"is whole: {newest}"
-            )
-            return
-        self.saved_step = progress.step
-        if self.runtime.is_main:
-            self.prune()
-
-    def flush_journal(self) -> str | None:
-        """Write what a full disk did not take; return what went wrong."""
-        try:
-            self.folder.flush()
-        except OSError as error:
-            return f"rank 0 cannot write metrics.jsonl: {error}"
-        return None
-
-    def on_failed_save(self, problem: str) -> None:
-        """Go on or stop, as configured; a run that is to stop anyway cannot go on."""
-        stops = self.config.on_failed_save == "stop" or self.runtime.any(self.stop.requested)
-        if stops:
-            raise CheckpointError(
-                f"{problem}. The run stops here; the same command starts it again"
-            )
-        if self.runtime.is_main:
-            complain(f"WARNING: {problem}. Training goes on (--on_failed_save stop would end it)")
-
-    def prune(self) -> None:
-        """Delete old checkpoints, and best models that none of the kept ones knows."""
-        self.runtime.phases.enter("prune")
-        try:
-            kept = prune(self.folder.checkpoints, self.config.keep_checkpoints)
-            best = [read_progress(path)["best"] for path in kept]
-            self.folder.prune_best({record["step"] for record in best if record})
-        except (OSError, ValueError, KeyError) as error:
-            complain(f"WARNING: old checkpoints cannot be deleted: {error}")
+        """Write a checkpoint."""
+        self.saving.checkpoint(progress, self.best)
 
     def score_test(self, totals: Totals) -> None:
         """Score the test set with the best model, once, and write what a sweep reads."""

@@ -61,7 +61,7 @@ def build(config: RunConfig, runtime: Runtime) -> Trainer:
     trainer = Trainer(
         runtime, prepared, optimizer, split, stream, padded, part(LoopSpec, config), optim
     )
-    runtime.warm_up(lambda: stand_in_loss(trainer))
+    runtime.warm_up(lambda model: stand_in_loss(trainer, model))
     return trainer
 
 

@@ -13,8 +13,11 @@ from toolkit.data.hashing import hash64
 from toolkit.data.steps import runs_within
 
 NO_ROWS = np.zeros(0, dtype=np.int64)
-STAND_IN = np.zeros(1, dtype=np.int64)
-"""The tokens of a micro-batch of no rows: every rank has to run the same collectives. No label."""
+STAND_IN = np.arange(2)
+"""The tokens of a micro-batch of no rows: every rank has to run the same collectives. No label.
+
+Two, because the embedding of the padding token, which may be one of them, has no gradient.
+"""
 
 
 @dataclass(frozen=True)

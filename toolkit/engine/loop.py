@@ -206,7 +206,7 @@ def add_gradients(
             if not failed:
                 failed = not _add_gradient(trainer, batch, rows, loss_sum)
             if failed:
-                runtime.spoil(lambda: stand_in_loss(trainer))
+                runtime.spoil(lambda model: stand_in_loss(trainer, model))
     # with the norm the only points of a step where the host waits for the device
     return runtime.sums(
         {
@@ -272,10 +272,10 @@ def micro_batches(trainer: Trainer, progress: Progress, slots: np.ndarray) -> li
     ]
 
 
-def stand_in_loss(trainer: Trainer) -> Tensor:
+def stand_in_loss(trainer: Trainer, model: nn.Module) -> Tensor:
     """Return some loss that every parameter has a gradient of, without any row of the data."""
     batch = make_batch(trainer.train, NO_ROWS, padded=trainer.padded)
-    return trainer.model(**trainer.runtime.inputs(batch)).logits.float().sum()
+    return model(**trainer.runtime.inputs(batch)).logits.float().sum()
 
 
 def summed_loss(trainer: Trainer, batch: Batch) -> Tensor:

@@ -1,8 +1,8 @@
 """Every rank holds the whole model and its optimizer: one process, or DDP."""
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ class Replicas:
         self.plain: nn.Module = accelerator.unwrap_model(model)
         self.optimizer: torch.optim.Optimizer = optimizer.optimizer
         self.max_norm = max_norm
+        self.ready = watch_gradients(self.plain)
 
     def precision_plan(self) -> dict[str, str]:
         """Say in which precision what is kept, as found in the objects themselves."""
@@ -45,13 +46,22 @@ class Replicas:
 
     def micro_step(self, last: bool) -> AbstractContextManager[None]:
         """Leave gradients on this rank until the last micro-batch of a step."""
-        self.exchanges = last
+        self.ready.clear()
         return nullcontext() if last else self.accelerator.no_sync(self.model)
 
-    def can_rejoin(self, in_backward: bool) -> bool:
+    def can_rejoin(self) -> bool:
         """See `Runtime.can_rejoin`."""
-        alone = self.accelerator.num_processes == 1
-        return alone or not (in_backward and self.exchanges)
+        return True
+
+    def spoil(self, forward: Callable[[nn.Module], Tensor]) -> None:
+        """See `Runtime.spoil`.
+
+        DDP sends gradients off in buckets during the backward pass, and the others wait for the
+        buckets that are left. So a backward pass that broke off is finished: for the parameters
+        that it did not come to, and without DDP's `forward`, which would begin another exchange.
+        """
+        with frozen(self.ready):
+            self.backward(math.nan * forward(self.plain if self.ready else self.model))
 
     def backward(self, loss: Tensor) -> None:
         """Add a loss's gradient."""
@@ -91,6 +101,27 @@ class Replicas:
     def put(parameter: nn.Parameter, whole: Tensor) -> None:
         """Set a parameter."""
         parameter.copy_(whole)
+
+
+def watch_gradients(model: nn.Module) -> set[Tensor]:
+    """Return a set that takes up each parameter as soon as a backward pass has come to it."""
+    ready: set[Tensor] = set()
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(ready.add)
+    return ready
+
+
+@contextmanager
+def frozen(parameters: set[Tensor]) -> Iterator[None]:
+    """Keep these parameters out of a graph."""
+    held = list(parameters)
+    for parameter in held:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in held:
+            parameter.requires_grad_(True)
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:

@@ -5,7 +5,6 @@ to whole copies of the model (one process, DDP) is in `replicas`, to DeepSpeed's
 """
 
 import gc
-import math
 import os
 import sys
 import warnings
@@ -61,7 +60,6 @@ class Runtime:
         self.is_main = self.accelerator.is_main_process
         self.device = self.accelerator.device
         self.phases = Phases(self.rank)
-        self.in_backward = False
 
     @property
     def is_zero(self) -> bool:
@@ -151,21 +149,19 @@ class Runtime:
         """
         # DDP and DeepSpeed average over ranks where we want the sum; 0 * infinity is NaN
         factor = (1 + 0 * loss_sum.detach()) * (self.world_size / rows)
-        self.in_backward = True
         self.strategy.backward(loss_sum * factor)
-        self.in_backward = False
 
     def can_rejoin(self) -> bool:
-        """Tell whether this rank, out of memory, can still run the collectives the others are in.
+        """Tell whether this rank, out of memory, can still run the collectives the others are in."""
+        return self.strategy.can_rejoin()
 
-        Not when it has begun to exchange gradients: nobody knows how many of them have gone out.
+    def spoil(self, forward: Callable[[nn.Module], Tensor]) -> None:
+        """Take part in a micro-batch with a gradient that keeps all ranks from taking the step.
+
+        Args:
+            forward: computes, with the model it is given, a loss that all parameters play a part in.
         """
-        exchanging, self.in_backward = self.in_backward, False
-        return self.strategy.can_rejoin(exchanging)
-
-    def spoil(self, forward: Callable[[], Tensor]) -> None:
-        """Take part in a micro-batch with a gradient that keeps all ranks from taking the step."""
-        self.strategy.backward(math.nan * forward())
+        self.strategy.spoil(forward)
 
     def free_memory(self) -> None:
         """Give back what a failed attempt left behind."""
@@ -181,7 +177,7 @@ class Runtime:
         """
         return self.strategy.step()
 
-    def warm_up(self, forward: Callable[[], Tensor]) -> None:
+    def warm_up(self, forward: Callable[[nn.Module], Tensor]) -> None:
         """Make the optimizer's state, and settle DDP's buckets, with a step that changes nothing.
 
         DDP deals parameters into other buckets after its first step, and with three ranks or more
@@ -189,12 +185,12 @@ class Runtime:
         would round differently from the same step of a run that was not interrupted.
 
         Args:
-            forward: computes any loss.
+            forward: as for `spoil`.
         """
         for group in self.strategy.optimizer.param_groups:
             group["lr"] = 0.0
         with self.micro_step(last=True):
-            self.strategy.backward(0 * forward())
+            self.strategy.backward(0 * forward(self.strategy.model))
         self.strategy.step()
         self.strategy.warmed_up()
         set_updates(self.strategy.optimizer, 0)

@@ -8,7 +8,7 @@ pickles, are never needed. Read with DeepSpeed 0.19.8.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,20 +16,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from toolkit.engine.replicas import MOMENTS, State, dtypes, moments
+from toolkit.engine.replicas import MOMENTS, State, dtypes, frozen, moments, watch_gradients
 
 
 class Zero:
     """Forward, backward and update of a model that DeepSpeed has cut up."""
 
     def __init__(self, accelerator: Any, model: Any, optimizer: Any, max_norm: float) -> None:
-        self.engine = model
-        self.plain: nn.Module = self.engine.module
-        self.zero = self.engine.optimizer
+        self.model = model
+        self.plain: nn.Module = model.module
+        self.zero = self.model.optimizer
         self.optimizer: torch.optim.Optimizer = self.zero.optimizer
-        self.stage: int = self.engine.zero_optimization_stage()
-        self.offloads: bool = self.engine.zero_use_cpu_optimizer()
+        self.stage: int = self.model.zero_optimization_stage()
+        self.offloads: bool = self.model.zero_use_cpu_optimizer()
         self.rank = accelerator.process_index
+        self.ready = watch_gradients(self.plain)
 
     @staticmethod
     def configure(settings: dict[str, Any], max_norm: float) -> None:
@@ -52,32 +53,37 @@ class Zero:
         return {
             "parameters": f"{dtypes(self.plain.parameters())}, {parameters} on each rank",
             "master_weights": f"{dtypes(self.optimizer.state)}, {shards}",
-            "gradient_accumulation": _name(self.engine.get_data_types()[1]),
-            "gradient_reduction": _name(self.engine.communication_data_type),
+            "gradient_accumulation": _name(self.model.get_data_types()[1]),
+            "gradient_reduction": _name(self.model.communication_data_type),
             "optimizer_state": f"{dtypes(moments(self.optimizer))}, {shards}",
         }
 
     def micro_step(self, last: bool) -> AbstractContextManager[None]:
         """Tell DeepSpeed whether this is the last micro-batch; only stage 1 leaves gradients be."""
-        self.exchanges = last or self.stage > 1
-        self.engine.set_gradient_accumulation_boundary(last)
+        self.ready.clear()
+        self.model.set_gradient_accumulation_boundary(last)
         return nullcontext()
 
-    def can_rejoin(self, in_backward: bool) -> bool:
-        """See `Runtime.can_rejoin`; stage 3 exchanges parameters in the forward pass too."""
-        return self.stage < 3 and not (in_backward and self.exchanges)
+    def can_rejoin(self) -> bool:
+        """See `Runtime.can_rejoin`; stage 3 exchanges parameters in the forward pass already."""
+        return self.stage < 3
+
+    def spoil(self, forward: Callable[[nn.Module], Tensor]) -> None:
+        """See `Runtime.spoil`; stage 2 exchanges gradients while it is in the backward pass."""
+        with frozen(self.ready):
+            self.backward(math.nan * forward(self.model))
 
     def backward(self, loss: Tensor) -> None:
         """Add a loss's gradient. Not through Accelerate, whose `backward` updates as well."""
-        self.engine.backward(loss)
+        self.model.backward(loss)
 
     def step(self) -> float:
         """Clip, update if the norm is finite, forget the gradient; return the norm before clipping.
 
         DeepSpeed itself leaves an fp32 update out, on all ranks, when the norm is not finite.
         """
-        self.engine.step()
-        return math.inf if self.zero.overflow else float(self.engine.get_global_grad_norm())
+        self.model.step()
+        return math.inf if self.zero.overflow else float(self.model.get_global_grad_norm())
 
     def warmed_up(self) -> None:
         """Let stages 1 and 2 find the moments of every parameter group.
