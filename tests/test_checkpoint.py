@@ -165,6 +165,8 @@ def test_resume_skips_a_damaged_one_and_names_it(
         file.write(b"\x01\x02\x03")
     assert main([*flags, "--resume=strict"]) == 5
     assert "part-00000-of-00001.safetensors was changed" in capsys.readouterr().err
+    status = json.loads((folder / "status.json").read_text())
+    assert status["status"] == "io_error", "the run that crashed before is not the news"
     assert main(flags) == 0
     said = capsys.readouterr()
     assert "step-000011 is damaged" in said.err

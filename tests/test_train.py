@@ -246,6 +246,40 @@ def test_a_crash_is_recorded_with_its_message(
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_ranks_that_do_not_come_together_are_no_running_run(
+    tiny_flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("connection refused")
+
+    monkeypatch.setattr("toolkit.engine.runtime._accelerator", refuse)
+    assert main(tiny_flags) == 1
+    status = read(only_run(tiny_flags) / "status.json")
+    assert status["status"] == "crashed"
+    assert "did not come together: connection refused" in status["message"]
+
+
+@pytest.mark.parametrize(
+    ("place", "advice"),
+    [
+        ("evaluate:0:7", "Evaluate in smaller pieces: --eval_tokens 32"),
+        ("optimizer:0:2", "Smaller micro-batches do not help here"),
+    ],
+)
+def test_advice_on_memory_depends_on_where_it_ran_out(
+    tiny_flags: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    advice: str,
+) -> None:
+    monkeypatch.setenv("TOOLKIT_FAULT", f"oom@{place}")
+    assert main(tiny_flags) == 1
+    assert advice in capsys.readouterr().err
+    status = read(only_run(tiny_flags) / "status.json")
+    assert (status["status"], status["split"]) == ("oom", 1)
+
+
 def test_a_best_model_that_cannot_be_written(
     tiny_flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
