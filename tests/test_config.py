@@ -129,11 +129,8 @@ def test_run_id_is_what_defines_the_run(monkeypatch: pytest.MonkeyPatch) -> None
     others = {parse([flag]).run_id for flag in ("--seed=1", "--lr=1e-5", "--head=v1", "--epochs=2")}
     assert len(others | {base.run_id}) == 5
     monkeypatch.setenv("WANDB_RUN_ID", "abc123")
-    assert parse([]).run_id == base.run_id  # inherited from somewhere, but no sweep
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
-    assert parse([]).run_id == "abc123"
-    monkeypatch.setenv("WANDB_RUN_ID", "../../x")
-    assert "run_id got '../../x'" in problems()[0]
+    assert parse([]).run_id == base.run_id  # whoever starts it, it is the same run
 
 
 def test_yaml_files_may_be_empty_and_hold_numbers_for_text(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "saving": BASE | {"config", "engine", "record"},
     "run": BASE | {"config", "data", "model", "engine", "record", "prepare", "saving"},
     "train": BASE | {"config", "data", "launcher", "record", "prepare", "run"},
+    "experiments": BASE | {"config", "data", "record"},
     "hello": {"console", "engine"},
     "doctor": {"config", "console", "record"},
     "__main__": {"console"},
@@ -153,8 +154,8 @@ def test_launch_configs_load_strictly() -> None:
 
 
 def test_run_configs_load_strictly() -> None:
-    configs = sorted((ROOT / "configs").rglob("*.yaml"))
-    assert len(configs) >= 3
+    configs = sorted((ROOT / "configs" / "runs").rglob("*.yaml"))
+    assert len(configs) >= 7
     for path in configs:
         config = parse([f"--config={path}"])
         written = yaml.safe_load(path.read_text())
@@ -162,13 +163,15 @@ def test_run_configs_load_strictly() -> None:
 
 
 def test_shell_scripts_parse() -> None:
-    scripts = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
-    assert len(scripts) == 4
+    slurm = [path for path in sorted((ROOT / "slurm").iterdir()) if path.is_file()]
+    scripts = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run", *slurm]
+    assert len(scripts) == 9
     for script in scripts:
         subprocess.run(["bash", "-n", script], check=True)
         if shutil.which("shellcheck") or os.environ.get("CI"):  # continuous integration installs it
             subprocess.run(["shellcheck", script], check=True)
-        assert script.stat().st_mode & 0o111, f"{script} is not executable"
+        is_sourced = script.name == "supervise.sh"
+        assert is_sourced or script.stat().st_mode & 0o111, f"{script} is not executable"
 
 
 def test_readme_names_real_things() -> None:

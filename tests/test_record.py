@@ -100,6 +100,11 @@ def test_settings_come_from_our_config_and_wandb_variables_win(
     assert (settings["id"], settings["group"], settings["tags"]) == ("v2-abc", "g", ["t"])
     monkeypatch.setenv("WANDB_RUN_GROUP", "other")
     assert wandb_settings(OPTIONS, "v2-abc", tmp_path)["group"] == "other"
+    monkeypatch.setenv("WANDB_RUN_ID", "agents")
+    assert wandb_settings(OPTIONS, "v2-abc", tmp_path)["id"] == "v2-abc", "no sweep"
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s")
+    settings = wandb_settings(OPTIONS, "v2-abc", tmp_path)
+    assert (settings["id"], settings["name"]) == ("agents", "v2-abc")
 
 
 class Broken:
@@ -112,7 +117,8 @@ class Broken:
             raise ConnectionError("gone")
         self.rows.append(values)
 
-    def finish(self) -> None:
+    @property
+    def run(self) -> None:
         raise AssertionError("a tracker that is off is not finished")
 
 

@@ -9,10 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.programs import TRAIN, launch, run_python
 from toolkit.config import RUN_ID, head_names, parse
 from toolkit.errors import ConfigError
+from toolkit.experiments import sweep as sweeps
 from toolkit.redact import redact
 from toolkit.train import main
 
@@ -173,10 +175,10 @@ def names(count: int) -> list[str]:
 
 
 def test_names_cannot_leave_the_runs_folder(tmp_path: Path) -> None:
-    """Through the command line, through YAML and through a W&B agent's variable."""
+    """Through the command line, through YAML and through a sweep."""
     refused = accepted = 0
     for number, name in enumerate(names(1000)):
-        way = ("flag", "yaml", "agent")[number % 3]
+        way = ("flag", "yaml", "sweep")[number % 3]
         try:
             config = _parse_name(name, way, tmp_path)
         except ConfigError:
@@ -190,21 +192,22 @@ def test_names_cannot_leave_the_runs_folder(tmp_path: Path) -> None:
     assert min(refused, accepted) > 100
 
 
+COMMAND = ["${program}", "${args}"]
+
+
 def _parse_name(name: str, way: str, tmp_path: Path):
     if way == "flag":
         return parse([f"--run_id={name}"])
     if way == "yaml":
-        import yaml
-
         (tmp_path / "c.yaml").write_text(yaml.safe_dump({"run_id": name}))
         return parse([f"--config={tmp_path / 'c.yaml'}"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_SWEEP_ID", "s")
-        try:
-            patch.setenv("WANDB_RUN_ID", name)
-        except ValueError:  # no variable can hold a NUL
-            raise ConfigError(["NUL"]) from None
-        return parse([])
+    path = tmp_path / "sweep.yaml"
+    parameters = {"run_id": {"value": name}}
+    path.write_text(
+        yaml.safe_dump({"method": "grid", "command": COMMAND, "parameters": parameters})
+    )
+    [run] = sweeps.runs(sweeps.load(path), [])
+    return run.config
 
 
 def test_heads_are_those_of_the_table_only() -> None:

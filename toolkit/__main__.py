@@ -11,6 +11,7 @@ from toolkit.console import complain, say
 COMMANDS = {
     "train": ("toolkit.train", "train one classifier in this process"),
     "doctor": ("toolkit.doctor", "is this machine ready? versions, devices, ranks, disk, network"),
+    "sweep": ("toolkit.experiments.commands", "many runs: here, on SLURM, or by W&B agents"),
     "prepare": ("toolkit.prepare", "download, check and tokenise the data; needs no GPU"),
 }
 

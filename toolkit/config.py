@@ -169,6 +169,8 @@ class RunConfig:
     """Folder of token caches and downloads; null means $TOOLKIT_CACHE_DIR or ~/.cache/bert-heads."""
     run_id: str | None = option(None, identity=False)
     """Name of the run folder; null means a hash of what defines the run."""
+    experiment: str | None = option(None, identity=False)
+    """Name of the run in tables of results; null means its id."""
     overwrite: bool = option(False, identity=False)
     """Train again although the run folder holds a completed run (which is moved aside)."""
     track: Literal["wandb", "none"] = option("wandb", identity=False)
@@ -181,6 +183,11 @@ class RunConfig:
     """Threads per CPU process; null means the usable cores shared by the processes of this machine."""
     dry_run: bool = option(False, identity=False)
     """Prepare the data, print the plan, train nothing."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.output_dir) / str(self.run_id)
 
     def identity(self) -> dict[str, Any]:
         """Return the fields that define the run: all that change what it computes."""
@@ -234,26 +241,27 @@ def parse(argv: list[str], prog: str = "train.py") -> RunConfig:
 
     Raises:
         ConfigError: naming every problem in flags and files.
-        SystemExit: after `--help` or `--print_config`.
+        SystemExit: after `--help`, `--print_config` or `--print_folder`.
     """
     parser = build_parser(prog)
     tokens = normalise(argv)
     if {"-h", "--help"} & set(tokens):
         parser.print_help()
         raise SystemExit(0)
-    items, problems = _items([token for token in tokens if token != "--print_config"])
+    shows = {"--print_config", "--print_folder"} & set(tokens)
+    items, problems = _items([token for token in tokens if token not in shows])
     values: dict[str, Any] = {}
     for item in items:
         problem = _take(parser, item, values)
         if problem:
             problems.append(f"{item.source}: {problem}")
     config = RunConfig(**(values | {"wandb": WandbConfig(**values.get("wandb", {}))}))
-    config = dataclasses.replace(config, run_id=config.run_id or _default_run_id(config))
+    config = dataclasses.replace(config, run_id=config.run_id or _hashed_run_id(config))
     problems += _conflicts(config)
     if problems:
         raise ConfigError(problems)
-    if "--print_config" in tokens:
-        say(config.to_yaml())
+    if shows:
+        say(config.to_yaml() if "--print_config" in shows else str(config.folder))
         raise SystemExit(0)
     return config
 
@@ -441,12 +449,6 @@ def head_names() -> list[str]:
             assert isinstance(node.value, ast.Dict)
             return [ast.literal_eval(key) for key in node.value.keys if key is not None]
     raise AssertionError("model/heads.py has no HEADS")
-
-
-def _default_run_id(config: RunConfig) -> str:
-    """Keep the id that a W&B agent gave, else hash what defines the run."""
-    agent_id = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
-    return agent_id or _hashed_run_id(config)
 
 
 def _hashed_run_id(config: RunConfig) -> str:

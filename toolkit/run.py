@@ -37,7 +37,7 @@ from toolkit.record.journal import RunFolder
 from toolkit.record.metrics import as_record, table
 from toolkit.record.progress import TrainingProgress
 from toolkit.record.provenance import provenance
-from toolkit.record.tracking import Tracker, wandb_project, wandb_settings
+from toolkit.record.tracking import Tracker, is_agents_run, wandb_project, wandb_settings
 from toolkit.redact import redact_values
 from toolkit.saving import Saving
 from toolkit.stop import Stop
@@ -126,7 +126,7 @@ class Run:
     def execute(self) -> None:
         """Build, distribute, loop, score the test set once, write the summary."""
         trainer = self.build()
-        self.begin()
+        self.begin(trainer.stream.num_steps)
         bar = TrainingProgress(
             trainer.stream.num_steps, self.progress.step, enabled=self.runtime.is_main
         )
@@ -140,11 +140,7 @@ class Run:
     def fail(self, error: BaseException) -> int:
         """Record how a run ended that did not complete; return the exit code."""
         if isinstance(error, ToolkitError):  # raised on all ranks together
-            if self.runtime.is_main:
-                self.folder.record_crash(error.status, message=str(error))
-                self.tracker.finish()
-            if isinstance(error, Preempted):
-                self.runtime.any(False)  # who leaves first makes the launcher end the others
+            self.end_together(error)
             raise error
         place = f"rank {self.runtime.rank}, phase {self.runtime.phases}"
         text = f"{place}: {type(error).__name__}: {error}"
@@ -153,7 +149,20 @@ class Run:
         split = self.progress.split * (2 if self._smaller_helps(error) else 1)
         self.folder.record_crash(_status(error), message=text, split=split)
         complain(f"{traceback.format_exc()}error in {text}{self._advice(error)}")
+        self.tracker.finish(exit_code=1)
         return 1
+
+    def end_together(self, error: ToolkitError) -> None:
+        """Record an end that all ranks know of."""
+        status, preempted = error.status, isinstance(error, Preempted)
+        if preempted and is_agents_run() and not self.runtime.any(self.stop.by_scheduler):
+            # by early termination, or by who stopped the agent: W&B must not give it to another one
+            status, preempted = "stopped", False
+        if self.runtime.is_main:
+            self.folder.record_crash(status, message=str(error))
+            self.tracker.finish(exit_code=error.exit_code, preempted=preempted)
+        if isinstance(error, Preempted):
+            self.runtime.any(False)  # who leaves first makes the launcher end the others
 
     def _smaller_helps(self, error: BaseException) -> bool:
         """Tell whether smaller micro-batches would have fitted into memory."""
@@ -225,13 +234,13 @@ class Run:
                 self.folder.rewind(notes["journal_bytes"], best_step)
         self.progress.split = max(self.progress.split, self.folder.split)
 
-    def begin(self) -> None:
+    def begin(self, num_steps: int) -> None:
         """Record what is known before the first step."""
         config, runtime = self.config, self.runtime
         facts = provenance() | runtime.describe()
         facts |= {"batching": "padded" if self.padded else "packed", "precision": config.precision}
         facts |= {"encoder_folder": str(self.encoder), "data": self.tokens.meta["inputs"]}
-        facts |= {"first_step": self.progress.step + 1}
+        facts |= {"first_step": self.progress.step + 1, "num_steps": num_steps}
         if not runtime.is_main:
             return
         self.folder.begin(config.to_yaml(), facts)
@@ -333,6 +342,7 @@ class Run:
         config, seconds = self.config, totals.seconds
         return {
             "run_id": config.run_id,
+            "experiment": config.experiment,
             "config_hash": config.hash(),
             "config": config.identity(),
             "data_fingerprint": self.tokens.folder.name,

@@ -40,7 +40,10 @@ class Stop:
         self.deadline = math.inf
         """When the launcher will kill us, by the same clock, as far as we know."""
         self.file: Path | None = None
-        """A file whose appearance is a request too; it is removed when it is noted."""
+        """A file whose appearance is a request too; it is removed when it is noted. So is the one
+        that TOOLKIT_STOP_FILE names: a batch script does not always know the run folder."""
+        self.by_scheduler = False
+        """The request came by a file or by SIGUSR2, as the templates for SLURM make it."""
         self._raises = False
         self._by_file = False
 
@@ -98,12 +101,14 @@ class Stop:
             self._note(heard[0])
 
     def _look_for_file(self) -> None:
-        if self.file is None or self.requested:
-            return
-        with suppress(OSError):  # a shared file system may fail for a while; look again
-            self.file.unlink()
-            self._by_file = True
-            os.kill(os.getpid(), signal.SIGHUP)  # wakes the main thread too
+        named = os.environ.get("TOOLKIT_STOP_FILE")
+        files = [self.file, Path(named) if named else None]
+        for file in [file for file in files if file]:
+            with suppress(OSError):  # a shared file system may fail for a while; look again
+                if not self.requested:
+                    file.unlink()
+                    self._by_file = True
+                    os.kill(os.getpid(), signal.SIGHUP)  # wakes the main thread too
 
     def _note(self, number: int) -> None:
         if number not in SIGNALS:
@@ -115,6 +120,7 @@ class Stop:
             os._exit(128 + number)
         if not self.requested:
             self.requested, self.since = True, now
+            self.by_scheduler = self._by_file or number == signal.SIGUSR2
             self.deadline = math.inf if self._by_file else now + _shutdown_seconds()
 
 

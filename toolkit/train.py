@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def start(config: RunConfig, turn: Turn, stop: Stop) -> int:
     """Prepare the data and train; record in the run folder how it ends."""
-    folder = RunFolder(Path(config.output_dir) / str(config.run_id))
+    folder = RunFolder(config.folder)
     if turn.is_main and not config.dry_run and not folder.in_use():
         stop.file = folder.stop_file
     try:

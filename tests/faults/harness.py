@@ -120,18 +120,23 @@ class Subject:
 
     def result(self) -> dict[str, Any]:
         """All that has to be equal, bit for bit, whatever happened on the way."""
-        newest = sorted((self.folder / "checkpoints").glob("step-*"))[-1]
-        state = {}
-        for part in sorted(newest.glob("*.safetensors")):
-            state |= {key: tensor.numpy().tobytes() for key, tensor in load_file(part).items()}
-        best = load_file(self.folder / "best" / "model.safetensors")
-        return {
-            "step": newest.name,
-            "state": state,
-            "best": {key: tensor.numpy().tobytes() for key, tensor in best.items()},
-            "journal": [_without_times(row) for row in _rows(self.folder / "metrics.jsonl")],
-            "test": json.loads((self.folder / "summary.json").read_text())["test"],
-        }
+        return result_of(self.folder)
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    """Return what has to be equal of a run's folder: state, best model, journal, test metrics."""
+    newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
+    state: dict[str, bytes] = {}
+    for part in sorted(newest.glob("*.safetensors")):
+        state |= {key: tensor.numpy().tobytes() for key, tensor in load_file(part).items()}
+    best = load_file(folder / "best" / "model.safetensors")
+    return {
+        "step": newest.name,
+        "state": state,
+        "best": {key: tensor.numpy().tobytes() for key, tensor in best.items()},
+        "journal": [_without_times(row) for row in _rows(folder / "metrics.jsonl")],
+        "test": json.loads((folder / "summary.json").read_text())["test"],
+    }
 
 
 def _rank(process: psutil.Process) -> int:

@@ -276,7 +276,7 @@ class Runtime:
         """
         import wandb
 
-        quiet = wandb.Settings(init_timeout=15, console="off", quiet=True)
+        quiet = wandb.Settings(init_timeout=15, finish_timeout=25, console="off", quiet=True)
         tracker = WandBTracker(project, settings=quiet, **settings)
         tracker.start()
         tracker.store_init_configuration(config)

@@ -86,3 +86,13 @@ def save_predictions(
     aside = path.with_name(f".{path.name}.tmp")
     pyarrow.parquet.write_table(table, aside)
     aside.replace(path)
+
+
+def save_state_dict(safetensors: Path, path: Path) -> None:
+    """Write a model's weights as a plain state dict, which loads with `weights_only=True`."""
+    import torch
+    from safetensors.torch import load_file
+
+    aside = path.with_name(f".{path.name}.tmp")
+    torch.save(load_file(safetensors), aside)
+    aside.replace(path)

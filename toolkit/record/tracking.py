@@ -13,11 +13,11 @@ from toolkit.console import complain
 class Backend(Protocol):
     """What we need of Accelerate's tracker."""
 
+    run: Any
+    """W&B's own run."""
+
     def log(self, values: dict[str, Any], step: int | None = None) -> None:
         """Send one row."""
-
-    def finish(self) -> None:
-        """End the run."""
 
 
 class Tracker:
@@ -34,10 +34,14 @@ class Tracker:
             backend = self.backend
             self._guard(lambda: backend.log(values | {"global_step": step}))
 
-    def finish(self) -> None:
-        """End the mirrored run."""
-        if self.backend is not None:
-            self._guard(self.backend.finish)
+    def finish(self, exit_code: int = 0, *, preempted: bool = False) -> None:
+        """End the mirrored run; W&B gives a preempted one that failed to the next agent."""
+        if self.backend is None:
+            return
+        run, self.backend = self.backend.run, None
+        if preempted:
+            self._guard(run.mark_preempting)
+        self._guard(lambda: run.finish(exit_code=exit_code))
 
     def _guard(self, call: Callable[[], Any]) -> Any:
         try:
@@ -56,12 +60,22 @@ def wandb_settings(options: dict[str, Any], run_id: str, folder: Path) -> dict[s
         "entity": os.environ.get("WANDB_ENTITY") or options["entity"],
         "group": os.environ.get("WANDB_RUN_GROUP") or options["group"],
         "tags": options["tags"],
-        "id": run_id,
+        "id": _agent_run_id() or run_id,
         "name": run_id,
         "resume": "allow",
         "dir": str(folder),
         "mode": wandb_mode(),
     }
+
+
+def is_agents_run() -> bool:
+    """Tell whether a W&B agent started this run."""
+    return bool(os.environ.get("WANDB_SWEEP_ID"))
+
+
+def _agent_run_id() -> str | None:
+    """Return the id that a W&B agent gave, under which its sweep knows the run."""
+    return os.environ.get("WANDB_RUN_ID") if is_agents_run() else None
 
 
 def wandb_project(options: dict[str, Any]) -> str:

@@ -1,0 +1,37 @@
+# shellcheck shell=bash
+# Sourced by the templates: start one run on all nodes of the job; if asked, let it save and queue again.
+
+export TOOLKIT_STOP_FILE=${TMPDIR:-/tmp}/toolkit-stop-$SLURM_JOB_ID
+rm -f "$TOOLKIT_STOP_FILE"
+asked=()
+trap 'asked=(--asked); touch "$TOOLKIT_STOP_FILE"' USR2
+export PATH="${VENV:-$TOOLKIT_ROOT/.venv}/bin:$PATH" PYTHONPATH="$TOOLKIT_ROOT${PYTHONPATH:+:$PYTHONPATH}"
+
+toolkit() { python -m toolkit "$@"; }
+
+is_asked() { ((${#asked[@]} > 0)); }
+
+# wait_for COMMAND...: run it so that the trap is heard meanwhile; its exit code goes into $code
+wait_for() {
+    "$@" &
+    local process=$!
+    code=0
+    while kill -0 "$process" 2>/dev/null; do
+        wait "$process" && code=0 || code=$? # the trap interrupts it
+    done
+}
+
+# requeue_if_asked [RUN_FOLDER]
+requeue_if_asked() {
+    rm -f "$TOOLKIT_STOP_FILE"
+    toolkit sweep requeue "$@" "${asked[@]}" --max_requeues "$MAX_REQUEUES" || exit "$code"
+}
+
+# supervise RUN_FOLDER FLAG...
+supervise() {
+    MASTER=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    MASTER_PORT=$((15000 + SLURM_JOB_ID % 15000)) # array tasks on one node never meet
+    export MASTER MASTER_PORT
+    wait_for srun --kill-on-bad-exit=1 "$TOOLKIT_ROOT/slurm/node.sh" "${@:2}"
+    requeue_if_asked "$1"
+}

@@ -1,0 +1,144 @@
+"""The table of a sweep: complete, honest about ties, made of summaries only."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from toolkit.config import RunConfig
+from toolkit.errors import DataError
+from toolkit.experiments import results
+from toolkit.experiments.commands import main
+from toolkit.experiments.states import read_state
+from toolkit.record.export import save_predictions
+from toolkit.record.metrics import Confusion, as_record
+
+LABELS = np.tile([0, 1], 150)
+
+
+def make_run(
+    folder: Path, accuracy: float, labels: np.ndarray = LABELS, **settings: Any
+) -> RunConfig:
+    """Leave what a completed run leaves; its judgements are those of a run of that accuracy."""
+    config = RunConfig(**settings)
+    run_id = f"{config.head}-{config.hash()[:6]}"
+    path = folder / run_id
+    (path / "best").mkdir(parents=True)
+    dice = np.random.default_rng(int(config.hash()[:6], 16))
+    right = dice.random(len(labels)) < accuracy
+    scores = np.where(right, labels, 1 - labels) * 0.8 + 0.1
+    save_predictions(path / "predictions.parquet", np.arange(len(labels)), labels, scores)
+    positive = scores > 0.5
+    counts = Confusion(
+        tp=int((positive & (labels == 1)).sum()),
+        fp=int((positive & (labels == 0)).sum()),
+        fn=int((~positive & (labels == 1)).sum()),
+        tn=int((~positive & (labels == 0)).sum()),
+    )
+    test = as_record(counts, 0.3)
+    summary: dict[str, Any] = {
+        "run_id": run_id,
+        "experiment": config.experiment,
+        "config": config.identity(),
+    }
+    summary |= {"config_hash": config.hash(), "test": test, "train_seconds": 12.5}
+    (path / "summary.json").write_text(json.dumps(summary | {"reviews_per_s": 100.0}))
+    (path / "status.json").write_text('{"status": "completed"}')
+    save_file({"head.weight": torch.full((2,), accuracy)}, path / "best" / "model.safetensors")
+    return config
+
+
+def test_one_row_per_run_best_first(tmp_path: Path) -> None:
+    for seed in range(3):
+        make_run(tmp_path, 0.93, head="v2", seed=seed, experiment=f"good {seed}")
+        make_run(tmp_path, 0.80, head="v1", seed=seed)
+    found = results.settings(results.summaries(tmp_path))
+    assert [len(setting.runs) for setting in found] == [3, 3], "seeds of one setting are pooled"
+    listed = list(csv.DictReader(io.StringIO(results.to_csv(results.rows(found)))))
+    assert len(listed) == 6
+    assert list(listed[0]) == results.COLUMNS
+    scores = [float(row["f1"]) for row in listed]
+    assert scores == sorted(scores, reverse=True)
+    assert {row["experiment"] for row in listed[:3]} == {"good 0", "good 1", "good 2"}
+    assert {row["verdict"] for row in listed[:3]} == {"best"}
+    assert {row["verdict"] for row in listed[3:]} == {"below the best"}
+    assert all(float(row["f1_low"]) < float(row["f1"]) < float(row["f1_high"]) for row in listed)
+    assert listed[0]["n"] == "300"
+
+
+def test_ties_are_said(tmp_path: Path) -> None:
+    make_run(tmp_path, 0.88, head="v1", experiment="one")
+    make_run(tmp_path, 0.88, head="v2", experiment="two")
+    make_run(tmp_path, 0.60, head="v3", experiment="three")
+    found = results.settings(results.summaries(tmp_path))
+    text = results.to_markdown(results.rows(found), found)
+    assert "cannot be told from 1 of the 2 other settings" in text
+    assert text.count("below the best") == 1
+    assert text.count("\n| ") == 3
+    assert "lucky side" in text
+
+
+def test_runs_on_other_rows_are_not_compared(tmp_path: Path) -> None:
+    make_run(tmp_path, 0.9, head="v1")
+    make_run(tmp_path, 0.6, head="v2", labels=1 - LABELS)
+    found = results.settings(results.summaries(tmp_path))
+    assert [row["verdict"] for row in results.rows(found)] == ["best", "other test rows"]
+
+
+def test_predictions_have_to_be_those_of_the_summary(tmp_path: Path) -> None:
+    make_run(tmp_path, 0.9, head="v1")
+    [path] = tmp_path.glob("*/predictions.parquet")
+    save_predictions(path, np.arange(300), LABELS, np.full(300, 0.9))
+    with pytest.raises(DataError, match="is not what"):
+        results.settings(results.summaries(tmp_path))
+    path.unlink()
+    with pytest.raises(DataError, match="is missing"):
+        results.settings(results.summaries(tmp_path))
+
+
+def test_the_command_writes_table_and_models(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path, 0.85, head="v2", seed=1)
+    make_run(tmp_path, 0.95, head="v2", seed=2)
+    make_run(tmp_path, 0.70, head="v1")
+    (tmp_path / "v1-x.old-1").mkdir()
+    (tmp_path / "v1-x.old-1" / "summary.json").write_text("moved aside")
+    assert main(["results", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "Best run by F1" in said
+    weights = torch.load(tmp_path / "best_bert_model_v2.pth", weights_only=True)
+    assert weights["head.weight"][0] == pytest.approx(0.95)
+    about = json.loads((tmp_path / "best_bert_model_v2_config.json").read_text())
+    assert about["config"]["seed"] == 2
+    assert (tmp_path / "best_bert_model_v1.pth").exists()
+    assert len((tmp_path / "bert_experiment_results.csv").read_text().splitlines()) == 4
+    assert "| experiment |" in (tmp_path / "bert_experiment_results.md").read_text()
+
+
+def test_states(tmp_path: Path) -> None:
+    def write(status: str, **more: Any) -> None:
+        (tmp_path / "status.json").write_text(json.dumps({"status": status} | more))
+
+    assert read_state(tmp_path).kind == "waiting"
+    (tmp_path / "run.json").write_text('{"num_steps": 100}')
+    lines = [{"kind": "train", "step": 10 * n, "time": 5.0 * n} for n in range(1, 5)]
+    text = "\n".join(map(json.dumps, lines))
+    (tmp_path / "metrics.jsonl").write_text(text + '\n{"kind": "train", "st')
+    write("running")
+    state = read_state(tmp_path)
+    assert (state.kind, state.step, state.num_steps) == ("lost", 40, 100)
+    assert state.seconds_left == pytest.approx(30)
+    assert state.is_open
+    write("oom", split=4, message="out of memory\nmore")
+    assert read_state(tmp_path).wants_smaller_batches
+    assert read_state(tmp_path).describe() == "oom: out of memory"
+    assert not read_state(tmp_path).is_open
+    write("preempted")
+    assert read_state(tmp_path).describe() == "step 40 of 100"

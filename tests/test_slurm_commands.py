@@ -1,0 +1,126 @@
+"""What is asked of SLURM, word for word; `tests/slurm` runs it on a real one."""
+
+import json
+import stat
+from pathlib import Path
+
+import pytest
+
+from tests.programs import ROOT
+from toolkit.experiments import slurm
+from toolkit.experiments.commands import main
+
+
+def test_ranges() -> None:
+    assert slurm.ranges([0, 1, 2, 3]) == "0-3"
+    assert slurm.ranges([7, 1, 0, 3, 4]) == "0-1,3-4,7"
+    assert slurm.ranges([5]) == "5"
+
+
+def test_the_command_line_of_a_submission(tmp_path: Path) -> None:
+    command = slurm.sbatch_command(
+        Path("configs/sweeps/heads.yaml"),
+        [0, 1, 2, 5],
+        ["--dataset=x"],
+        ["--account", "me"],
+        8,
+        tmp_path,
+    )
+    assert command == [
+        "sbatch",
+        "--parsable",
+        "--array=0-2,5%8",
+        "--job-name=heads",
+        f"--output={tmp_path}/%x_%A_%a.out",
+        "--account",
+        "me",
+        str(ROOT / "slurm" / "sweep.sbatch"),
+        "configs/sweeps/heads.yaml",
+        "--dataset=x",
+    ]
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Programs that note how they are called; squeue says what is in a file."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, answer in (
+        ("sbatch", "echo 17"),
+        ("squeue", f"/bin/cat {folder}/queue"),
+        ("scontrol", ""),
+    ):
+        file = folder / name
+        file.write_text(f'#!/bin/sh\nprintf "%s\\n" "$0 $*" >> {folder}/calls\n{answer}\n')
+        file.chmod(file.stat().st_mode | stat.S_IXUSR)
+    (folder / "queue").write_text("")
+    monkeypatch.setenv("PATH", str(folder))
+    return folder
+
+
+def test_only_what_is_missing_is_submitted(
+    fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    file = str(ROOT / "configs" / "sweeps" / "smoke.yaml")
+    out = tmp_path / "runs"
+    arguments = [file, f"--output_dir={out}"]
+    assert main(["submit", *arguments, "--account=me"]) == 0
+    assert "Submitted 4 of 4 runs as array 17" in capsys.readouterr().out
+    assert "--array=0-3 --job-name=smoke" in (fake / "calls").read_text()
+    (fake / "queue").write_text("17|0|PENDING\n17|1|RUNNING\n")
+    assert main(["submit", *arguments]) == 0
+    assert "--array=2-3 " in (fake / "calls").read_text()
+    capsys.readouterr()
+    assert main(["status", *arguments]) == 0
+    said = capsys.readouterr().out
+    assert said.count(" queued ") == 2
+    assert "2 queued, 2 waiting" in said
+
+
+def test_a_refusal_of_sbatch_is_shown(
+    fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    (fake / "sbatch").write_text("#!/bin/sh\necho unrecognized option >&2; exit 1\n")
+    file = str(ROOT / "configs" / "sweeps" / "smoke.yaml")
+    arguments = ["submit", file, f"--output_dir={tmp_path}", "--acount=me"]
+    assert main(arguments) == 1
+    assert "unrecognized option" in capsys.readouterr().err
+    (fake / "sbatch").unlink()
+    assert main(arguments) == 1
+    assert "is this a login node" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("status", "asked", "restarts", "wanted"),
+    [
+        ({"status": "preempted"}, True, 0, True),
+        ({"status": "preempted"}, False, 0, False),
+        ({"status": "preempted"}, True, 20, False),
+        ({"status": "completed"}, True, 0, False),
+        ({"status": "diverged"}, True, 0, False),
+        ({"status": "crashed"}, True, 0, False),
+        ({"status": "oom", "split": 2}, False, 0, True),
+        ({"status": "oom", "split": 1}, False, 0, False),
+        ({}, True, 0, True),
+    ],
+)
+def test_who_queues_again(
+    fake: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    status: dict[str, object],
+    asked: bool,
+    restarts: int,
+    wanted: bool,
+) -> None:
+    if status:
+        (tmp_path / "status.json").write_text(json.dumps(status))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    flag = ["--asked"] if asked else []
+    assert main(["requeue", str(tmp_path), *flag]) == (0 if wanted else 1)
+    calls = (fake / "calls").read_text() if (fake / "calls").exists() else ""
+    assert calls.endswith("scontrol requeue 12_3\n") == wanted, "exactly this task"

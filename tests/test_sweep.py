@@ -1,0 +1,225 @@
+"""One sweep file: the same runs and ids whoever starts them; wrong ones are explained whole."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.programs import ROOT, run_python
+from toolkit.config import parse
+from toolkit.errors import ConfigError
+from toolkit.experiments import sweep as sweeps
+from toolkit.experiments.commands import main, split_flags
+
+SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
+
+
+def write(folder: Path, **content: Any) -> Path:
+    path = folder / "sweep.yaml"
+    whole = {"program": "toolkit/train.py", "method": "grid"} | content
+    path.write_text(yaml.safe_dump(whole, sort_keys=False))
+    return path
+
+
+def runs(path: Path, *extra: str) -> list[sweeps.Run]:
+    return sweeps.runs(sweeps.load(path), list(extra))
+
+
+def test_the_last_parameter_varies_fastest_and_ids_are_those_of_the_flags(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        command=["accelerate", "launch", "${program}", "--track=none", "${args}"],
+        parameters={
+            "head": {"values": ["v1", "v2"]},
+            "epochs": {"value": 2},
+            "lr": {"values": [1e-5, 0.1, "2e-5"]},
+        },
+    )
+    found = runs(path, "--dataset=mine.csv", "--epochs=3")
+    assert [run.label for run in found][:4] == [
+        "head=v1 lr=1e-05",
+        "head=v1 lr=0.1",
+        "head=v1 lr=2e-5",
+        "head=v2 lr=1e-05",
+    ]
+    assert [run.index for run in found] == [*range(6)]
+    flags = [
+        "--track=none",
+        "--head=v2",
+        "--epochs=2",
+        "--lr=0.1",
+        "--dataset=mine.csv",
+        "--epochs=3",
+    ]
+    assert found[4].flags == flags
+    assert found[4].command[:2] == ["accelerate", "launch"]
+    assert found[4].command[-6:] == flags
+    assert found[4].config.epochs == 3, "a flag replaces what is the same in all runs"
+    assert found[4].run_id == parse(flags).run_id
+    assert len({run.run_id for run in found}) == 6
+
+
+def test_nested_parameters_and_other_macros(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WHERE", "here")
+    path = write(
+        tmp_path,
+        command=[
+            "${env}",
+            "${interpreter}",
+            "${program}",
+            "--output_dir=${envvar:WHERE}",
+            "${args}",
+        ],
+        parameters={
+            "wandb": {"parameters": {"project": {"value": "p"}, "group": {"value": "a"}}},
+            "seed": {"distribution": "int_uniform", "min": 1, "max": 2},
+        },
+    )
+    found = runs(path)
+    assert found[0].command[:2] == ["/usr/bin/env", "python"]
+    assert found[0].flags == [
+        "--output_dir=here",
+        "--wandb={'project': 'p', 'group': 'a'}",
+        "--seed=1",
+    ]
+    assert found[1].config.wandb.group == "a"
+    assert found[1].config.seed == 2
+
+
+def test_the_agent_gives_the_same_flags(tmp_path: Path) -> None:
+    """W&B's own function, on what its server would send for the same run."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+
+    values = {"head": "v1", "lr": 2e-05, "max_steps": None, "overwrite": False, "seed": 3}
+    parameters = {name: {"values": [value]} for name, value in values.items()}
+    path = write(tmp_path, command=["${program}", "${args}"], parameters=parameters)
+    sent = {"args": {name: {"value": value} for name, value in values.items()}}
+    [run] = runs(path)
+    assert run.flags == create_sweep_command_args(sent)["args"]
+
+
+def test_all_problems_at_once(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        method="gird",
+        command="python train.py",
+        colour="red",
+        parameters={"lr": {"values": []}, "head": 3},
+    )
+    with pytest.raises(ConfigError) as caught:
+        sweeps.load(path)
+    text = str(caught.value)
+    for part in ("gird", "command must be a list", "colour", "parameters.lr", "parameters.head"):
+        assert part in text
+    assert len(caught.value.problems) == 5
+
+
+def test_every_run_is_checked_before_one_is_started(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        command=["${program}", "${args}"],
+        parameters={"head": {"values": ["v1", "v9"]}, "lr": {"values": [1e-5, -1, 1e-5]}},
+    )
+    with pytest.raises(ConfigError) as caught:
+        runs(path, "--head=v3")
+    text = str(caught.value)
+    assert "--head=v3: " in text
+    assert "run 1: " in text
+    assert "lr got -1" in text
+    assert "v9" in text
+    assert "runs 0 and 2 are the same run" in text
+
+
+def test_what_a_grid_cannot_list(tmp_path: Path) -> None:
+    uniform = {"lr": {"min": 0.1, "max": 0.2}}
+    with pytest.raises(ConfigError, match="a grid needs value or values"):
+        runs(write(tmp_path, command=["${program}", "${args}"], parameters=uniform))
+    with pytest.raises(ConfigError, match="has no list of runs"):
+        runs(
+            write(tmp_path, method="random", command=["${program}", "${args}"], parameters=uniform)
+        )
+    many = {name: {"values": [*range(100)]} for name in ("seed", "split_seed", "max_skipped")}
+    with pytest.raises(ConfigError, match="1000000 runs are more than"):
+        runs(write(tmp_path, command=["${program}", "${args}"], parameters=many))
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "a: [", "\x00"])
+def test_files_that_are_no_sweeps(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="sweep file"):
+        sweeps.load(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        sweeps.load(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_shipped_sweeps(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """From another working directory too, with the same ids."""
+    monkeypatch.chdir(ROOT)
+    here = [run.run_id for run in runs(path)]
+    monkeypatch.chdir(tmp_path)
+    assert [run.run_id for run in runs(path)] == here
+    assert len(here) == {"heads": 36, "smoke": 4, "study": 4}[path.stem]
+
+
+def test_the_study_is_the_study(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    found = [run.config for run in runs(ROOT / "configs" / "sweeps" / "study.yaml")]
+    assert [(c.experiment, c.head, c.batch_size, c.lr, c.epochs) for c in found] == [
+        ("Combo1", "v2", 32, 2e-5, 5),
+        ("Combo2", "v2", 16, 2e-5, 5),
+        ("LR Test", "v2", 16, 1e-5, 5),
+        ("V3 Test", "v3", 16, 2e-5, 5),
+    ]
+
+
+def test_plan_starts_nothing_and_needs_no_torch(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['torch'] = None; from toolkit.__main__ import main; sys.exit(main())"
+    done = run_python(
+        *("-c", code, "sweep", "plan", ROOT / "configs" / "sweeps" / "smoke.yaml"),
+        *("--rate", "100", f"--cache_dir={tmp_path}"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "25 steps  4 s (stated)" in done.stdout
+    assert "4 runs, 16 s in all" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_flags_of_a_run_and_others() -> None:
+    unknown = [
+        "--lr",
+        "1e-5",
+        "--time=5",
+        "--overwrite",
+        "--account",
+        "x",
+        "--wandb.group=g",
+        "-p",
+        "a",
+    ]
+    ours, rest = split_flags(unknown)
+    assert ours == ["--lr=1e-5", "--overwrite", "--wandb.group=g"]
+    assert rest == ["--time=5", "--account", "x", "-p", "a"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ([], 0, "sweep plan"),
+        (["paln"], 2, "no sweep command 'paln'"),
+        (["plan", "absent.yaml"], 2, "cannot be read"),
+        (["plan", str(SWEEPS[0]), "--lrr=3"], 2, "--lrr=3 is unknown"),
+        (["run", str(SWEEPS[0]), "--jobs=0"], 2, "--jobs got 0"),
+        (["results", "/proc/self/fd"], 1, "no completed run"),
+    ],
+)
+def test_slips(
+    arguments: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == code
+    shown = capsys.readouterr()
+    assert said in shown.out + shown.err

@@ -1,0 +1,110 @@
+"""Run a sweep on this machine: what is missing, one after another or some at a time."""
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from toolkit.console import say
+from toolkit.experiments.states import read_state
+from toolkit.experiments.sweep import Run
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+
+
+class LocalRunner:
+    """Starts runs and passes on requests to stop."""
+
+    def __init__(self, runs: list[Run], jobs: int) -> None:
+        self.runs = runs
+        self.jobs = jobs
+        self.stopping = False
+        self._alive: set[subprocess.Popen[bytes]] = set()
+        self._cores = _shares(sorted(os.sched_getaffinity(0)), jobs)
+        self._lock = threading.Lock()
+
+    def run(self, retry_failed: bool) -> bool:
+        """Run what is not complete; return whether all runs of the sweep are complete now."""
+        todo = [run for run in self.runs if _is_to_do(run, retry_failed)]
+        done = sum(read_state(run.folder).kind == "completed" for run in self.runs)
+        failed = len(self.runs) - done - len(todo)
+        hint = f", {failed} failed or running (--retry_failed starts failed ones)" if failed else ""
+        say(f"{len(self.runs)} runs: {done} completed, {len(todo)} to do{hint}")
+        with _forwarding(self), ThreadPoolExecutor(self.jobs) as pool:
+            list(pool.map(self._run_one, todo))
+        return all(read_state(run.folder).kind == "completed" for run in self.runs)
+
+    def _run_one(self, run: Run) -> None:
+        if self.stopping:
+            return
+        log = log_file(run)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        say(f"[{run.index}] {run.run_id}  {run.label}")
+        with self._lock:
+            cores = self._cores.pop()
+        with log.open("ab") as file:
+            process = subprocess.Popen(
+                run.command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        os.sched_setaffinity(process.pid, cores)  # a trainer takes all cores it may use
+        self._alive.add(process)
+        if self.stopping:  # asked in between
+            process.send_signal(signal.SIGTERM)
+        code = process.wait()
+        self._alive.discard(process)
+        with self._lock:
+            self._cores.append(cores)
+        self._report(run, code, time.monotonic() - started)
+
+    def _report(self, run: Run, code: int, seconds: float) -> None:
+        state = read_state(run.folder)
+        text = f"[{run.index}] {run.run_id}  {state.kind} after {seconds:.0f} s  {state.describe()}"
+        if state.kind != "completed":
+            text += f"  (exit code {code}, log {log_file(run)})"
+        say(text)
+
+    def stop(self) -> None:
+        """Let the runs that are under way save and end, and start no other."""
+        self.stopping = True
+        for process in list(self._alive):
+            process.send_signal(signal.SIGTERM)
+
+
+def log_file(run: Run) -> Path:
+    """Return where what a run prints goes."""
+    return run.folder.parent / "logs" / f"{run.run_id}.log"
+
+
+def _is_to_do(run: Run, retry_failed: bool) -> bool:
+    state = read_state(run.folder)
+    return state.is_open or (retry_failed and state.kind == "failed")
+
+
+def _shares(cores: list[int], jobs: int) -> list[set[int]]:
+    """Deal the cores among jobs that run at the same time; more jobs than cores share them."""
+    return [
+        set(cores[job % len(cores) :: jobs]) or {cores[job % len(cores)]} for job in range(jobs)
+    ]
+
+
+@contextmanager
+def _forwarding(runner: LocalRunner) -> Iterator[None]:
+    def stop(number: int, frame: FrameType | None) -> None:
+        if runner.stopping:
+            return
+        say("Stopping: the runs under way save and end; the same command goes on from there.")
+        runner.stop()
+
+    old = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

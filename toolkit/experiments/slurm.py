@@ -1,0 +1,136 @@
+"""Sweeps on SLURM: submit what is missing as an array, and queue a run again that was interrupted.
+
+The templates in `slurm/` do the work on the cluster; this asks `sbatch`, `squeue` and `scontrol`.
+"""
+
+import os
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+from toolkit.errors import ToolkitError
+from toolkit.experiments.states import read_state
+from toolkit.experiments.sweep import ROOT, Run
+from toolkit.files import write_json
+
+TEMPLATE = ROOT / "slurm" / "sweep.sbatch"
+JOBS = ".jobs"
+"""Folder beside the run folders with one file for each submission."""
+
+
+class SlurmError(ToolkitError):
+    """SLURM is not there, or refused."""
+
+
+def missing(runs: list[Run], folder: Path, retry_failed: bool) -> list[Run]:
+    """Return the runs that are neither complete, nor running, nor in the queue."""
+    waiting = {index for job in queue(folder).values() for index in job}
+    found = []
+    for run in runs:
+        state = read_state(run.folder)
+        open_ = state.is_open or (retry_failed and state.kind == "failed")
+        if open_ and run.index not in waiting:
+            found.append(run)
+    return found
+
+
+def submit(
+    file: Path, runs: list[Run], extra: list[str], options: list[str], throttle: int | None
+) -> str:
+    """Submit these runs of a sweep as an array; return the job's id.
+
+    Raises:
+        SlurmError: when sbatch refuses.
+    """
+    folder = runs[0].folder.parent
+    logs = folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    command = sbatch_command(file, [run.index for run in runs], extra, options, throttle, logs)
+    job = _ask(command).split(";")[0].strip()
+    (folder / JOBS).mkdir(exist_ok=True)
+    write_json(folder / JOBS / f"{job}.json", {"file": str(file), "runs": [r.index for r in runs]})
+    return job
+
+
+def sbatch_command(
+    file: Path,
+    indexes: list[int],
+    extra: list[str],
+    options: list[str],
+    throttle: int | None,
+    logs: Path,
+) -> list[str]:
+    """Return the command line of a submission. Nothing secret is in it: that is inherited."""
+    array = ranges(indexes) + (f"%{throttle}" if throttle else "")
+    return [
+        *("sbatch", "--parsable", f"--array={array}", f"--job-name={file.stem}"),
+        *(f"--output={logs.absolute()}/%x_%A_%a.out", *options),
+        *(str(TEMPLATE), str(file), *extra),
+    ]
+
+
+def ranges(indexes: Iterable[int]) -> str:
+    """Render numbers as sbatch wants them: 0-3,7."""
+    parts: list[list[int]] = []
+    for index in sorted(indexes):
+        if parts and parts[-1][-1] == index - 1:
+            parts[-1].append(index)
+        else:
+            parts.append([index])
+    return ",".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
+
+
+def queue(folder: Path) -> dict[str, dict[int, str]]:
+    """Return {job: {task: state}} of the submissions of a sweep that SLURM still knows.
+
+    Empty where there is no SLURM: then nothing can be waiting in it.
+    """
+    jobs = sorted(path.stem for path in (folder / JOBS).glob("*.json"))
+    if not jobs:
+        return {}
+    command = ["squeue", "--noheader", "--array", "--format=%F|%K|%T", f"--jobs={','.join(jobs)}"]
+    found: dict[str, dict[int, str]] = {}
+    for line in _ask(command, quietly=True).splitlines():
+        job, task, state = line.split("|")
+        if task.isdigit():
+            found.setdefault(job, {})[int(task)] = state
+    return found
+
+
+def wants_requeue(folder: Path | None, asked: bool, restarts: int, max_requeues: int) -> bool:
+    """Tell whether a job should queue again: its run was interrupted, or needs smaller batches.
+
+    A run that failed, diverged or is complete would only do so again; one that was stopped by hand,
+    and not by the scheduler, was meant to stop. Without a folder, a W&B agent's job, asking decides.
+    """
+    if restarts >= max_requeues:
+        return False
+    if folder is None:
+        return asked
+    state = read_state(folder)
+    return (asked and state.is_open) or state.wants_smaller_batches
+
+
+def requeue() -> None:
+    """Queue this job, or exactly this task of an array, again.
+
+    Raises:
+        SlurmError: when scontrol refuses.
+    """
+    job, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    _ask(["scontrol", "requeue", f"{job}_{task}" if job else os.environ["SLURM_JOB_ID"]])
+
+
+def _ask(command: list[str], *, quietly: bool = False) -> str:
+    """Run a program of SLURM's and return what it prints."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        if quietly:
+            return ""
+        raise SlurmError(
+            f"{command[0]} is not there: is this a login node of a cluster?"
+        ) from error
+    if done.returncode and not quietly:
+        raise SlurmError(f"{' '.join(command)} failed: {done.stderr.strip()}")
+    return done.stdout

@@ -1,0 +1,264 @@
+"""A sweep file, in W&B's own format, as an ordered list of runs with stable ids; starts nothing.
+
+    program: toolkit/train.py
+    method: grid
+    metric: {name: eval/f1, goal: maximize}
+    command: [accelerate, launch, --config_file, launch/cpu.yaml, "${program}", "${args}"]
+    parameters:
+      output_dir: {value: runs/heads}
+      head: {values: [v1, v2, v3]}
+      lr: {values: [2.0e-5, 5.0e-5]}
+
+`wandb sweep` takes the same file. A run gets the arguments that W&B's agent would give it, in the
+same form, and its id follows from what they mean: so it does not matter who starts it.
+"""
+
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from toolkit.config import RunConfig, parse
+from toolkit.errors import ConfigError
+
+METHODS = ("grid", "random", "bayes", "custom")
+KEYS = {
+    *("method", "parameters", "program", "command", "metric", "name", "description"),
+    *("project", "entity", "early_terminate", "run_cap", "prior_runs", "job", "image_uri"),
+}
+"""The keys that W&B's schema has at the top of a sweep; it refuses others, and so do we."""
+DEFAULT_COMMAND = ["${env}", "${interpreter}", "${program}", "${args}"]
+ENVIRONMENT = re.compile(r"\$\{envvar:([A-Z0-9_]*)\}")
+MAX_RUNS = 100_000
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep file says."""
+
+    path: Path
+    method: str
+    program: str
+    command: list[str]
+    parameters: dict[str, Any]
+    metric: str
+    maximize: bool
+    early_terminate: dict[str, Any] | None
+    run_cap: int | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a sweep."""
+
+    index: int
+    """Its place in the grid, counted from 0: the task of a SLURM array."""
+    values: dict[str, Any]
+    """The parameters that differ between runs."""
+    flags: list[str]
+    """What follows the program on the command line."""
+    command: list[str]
+    """The whole command line, as W&B's agent would start it."""
+    config: RunConfig
+
+    @property
+    def run_id(self) -> str:
+        """Name of the run folder."""
+        assert self.config.run_id
+        return self.config.run_id
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.config.folder
+
+    @property
+    def label(self) -> str:
+        """What tells this run from the others: `head=v1 lr=2e-05`."""
+        return " ".join(f"{name}={_short(value)}" for name, value in self.values.items())
+
+
+def load(path: Path) -> Sweep:
+    """Read a sweep file.
+
+    Raises:
+        ConfigError: naming everything that is wrong with it.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError([f"sweep file {path} cannot be read ({error.strerror})"]) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = " ".join(str(error).split())
+        raise ConfigError([f"sweep file {path} is not YAML ({text})"]) from error
+    if not isinstance(content, dict):
+        raise ConfigError([f"sweep file {path} must hold W&B's sweep format, got {content!r}"])
+    problems = [f"{path}: {problem}" for problem in _problems(content)]
+    if problems:
+        raise ConfigError(problems)
+    metric = content.get("metric", {})
+    return Sweep(
+        path=path,
+        method=content["method"],
+        program=content.get("program", "toolkit/train.py"),
+        command=[str(token) for token in content.get("command", DEFAULT_COMMAND)],
+        parameters=content["parameters"],
+        metric=metric.get("name", "eval/f1"),
+        maximize=metric.get("goal", "maximize") == "maximize",
+        early_terminate=content.get("early_terminate"),
+        run_cap=content.get("run_cap"),
+    )
+
+
+def _problems(content: dict[str, Any]) -> Iterator[str]:
+    for key in content.keys() - KEYS:
+        yield f"{key} is no key of a sweep; allowed are {', '.join(sorted(KEYS))}"
+    if content.get("method") not in METHODS:
+        yield f"method got {content.get('method')!r}, allowed is one of {', '.join(METHODS)}"
+    command = content.get("command", DEFAULT_COMMAND)
+    if not isinstance(command, list) or "${program}" not in command or "${args}" not in command:
+        yield 'command must be a list of single words with "${program}" and "${args}" among them'
+    metric = content.get("metric", {})
+    if not isinstance(metric, dict) or metric.get("goal", "maximize") not in (
+        "maximize",
+        "minimize",
+    ):
+        yield f"metric got {metric!r}, allowed is {{name: eval/f1, goal: maximize or minimize}}"
+    parameters = content.get("parameters")
+    if not isinstance(parameters, dict) or not parameters:
+        yield "parameters is missing or empty"
+        return
+    for name, parameter in parameters.items():
+        if not isinstance(parameter, dict) or not parameter:
+            yield f"parameters.{name} got {parameter!r}, allowed is {{value: ...}}, {{values: [...]}}"
+        elif "values" in parameter and not (
+            isinstance(parameter["values"], list) and parameter["values"]
+        ):
+            yield f"parameters.{name}.values got {parameter['values']!r}, allowed is a list"
+
+
+def runs(sweep: Sweep, extra: list[str]) -> list[Run]:
+    """List the runs of a grid, the last parameter varying fastest.
+
+    Args:
+        sweep: a sweep whose method is grid.
+        extra: flags that every run gets besides, such as `--dataset=amazon_polarity`.
+
+    Raises:
+        ConfigError: naming every run that is no valid run, and every two that are the same.
+    """
+    if sweep.method != "grid":
+        hint = "`sweep run --search optuna` or a W&B agent searches"
+        raise ConfigError([f"{sweep.path}: method {sweep.method} has no list of runs; {hint}"])
+    swept = [flag for flag in extra if _varies(sweep, flag.partition("=")[0][2:])]
+    problems = [f"{flag}: {sweep.path} varies it from run to run" for flag in swept]
+    extra = [flag for flag in extra if flag not in swept]
+    found: dict[str, Run] = {}
+    for index, cell in enumerate(_cells(sweep)):
+        try:
+            run = make_run(sweep, index, cell, extra)
+        except ConfigError as error:
+            problems += [f"run {index}: {problem}" for problem in error.problems]
+            continue
+        same = found.setdefault(run.run_id, run)
+        if same is not run:
+            problems.append(f"runs {same.index} and {index} are the same run, {run.run_id}")
+    if problems:
+        raise ConfigError(problems)
+    return list(found.values())
+
+
+def _varies(sweep: Sweep, name: str) -> bool:
+    """Tell whether a parameter differs between runs; a flag may replace one that does not."""
+    name = name.replace("-", "_")
+    return name in sweep.parameters and "value" not in sweep.parameters[name]
+
+
+def make_run(sweep: Sweep, index: int, cell: dict[str, Any], extra: list[str]) -> Run:
+    """Make the run of one choice of values.
+
+    Raises:
+        ConfigError: when it is no valid run.
+    """
+    command = list(_expand(sweep.command, sweep.program, cell))
+    start = command.index(_place(sweep.program)) + 1
+    flags = [*command[start:], *extra]
+    differ = {name: value for name, value in cell.items() if "value" not in sweep.parameters[name]}
+    return Run(index, differ, flags, [*command, *extra], parse(flags, "sweep"))
+
+
+def _cells(sweep: Sweep) -> Iterator[dict[str, Any]]:
+    """Yield the grid's choices of values."""
+    problems = []
+    choices: dict[str, list[Any]] = {}
+    for name, parameter in sweep.parameters.items():
+        try:
+            choices[name] = list(_choices(name, parameter))
+        except ValueError as error:
+            problems.append(f"{sweep.path}: {error}")
+    count = 1
+    for values in choices.values():
+        count *= len(values)
+    if count > MAX_RUNS:
+        problems.append(f"{sweep.path}: {count} runs are more than {MAX_RUNS}")
+    if problems:
+        raise ConfigError(problems)
+    for cell in itertools.product(*choices.values()):
+        yield dict(zip(choices, cell, strict=True))
+
+
+def _choices(name: str, parameter: dict[str, Any]) -> Iterator[Any]:
+    """Yield a parameter's values; a parameter with parameters of its own has dictionaries."""
+    if "value" in parameter:
+        yield parameter["value"]
+    elif "values" in parameter:
+        yield from parameter["values"]
+    elif "parameters" in parameter:
+        inner = {
+            key: list(_choices(f"{name}.{key}", value))
+            for key, value in parameter["parameters"].items()
+        }
+        for values in itertools.product(*inner.values()):
+            yield dict(zip(inner, values, strict=True))
+    elif parameter.get("distribution") == "int_uniform":
+        yield from range(parameter["min"], parameter["max"] + 1)
+    else:
+        raise ValueError(f"parameters.{name} got {parameter!r}: a grid needs value or values")
+
+
+def _expand(command: list[str], program: str, cell: dict[str, Any]) -> Iterator[str]:
+    """Fill in a command as W&B's agent does: a macro is a word of its own."""
+    flags = [
+        f"--{name}={_place(value) if name == 'config' else value}" for name, value in cell.items()
+    ]
+    macros = {
+        "${env}": ["/usr/bin/env"],
+        "${interpreter}": ["python"],
+        "${program}": [_place(program)],
+        "${args}": flags,
+    }
+    for token in command:
+        yield from macros.get(token, [_place(ENVIRONMENT.sub(_variable, token))])
+
+
+def _variable(found: re.Match[str]) -> str:
+    return os.environ.get(found[1], found[1])
+
+
+def _place(path: str) -> str:
+    """Let what the repository has be found from any working directory."""
+    in_repository = "/" in str(path) and not Path(path).exists() and (ROOT / path).is_file()
+    return str(ROOT / path) if in_repository else path
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, str):
+        return Path(value).stem if value.endswith((".yaml", ".yml")) else value
+    return json.dumps(value) if isinstance(value, dict) else str(value)
