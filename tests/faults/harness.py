@@ -70,7 +70,7 @@ class Subject:
 
     def run(self, fault: str = "", *extra: str, **environment: str) -> int:
         """Start and wait."""
-        return self.end(self.start(fault, *extra, **environment))
+        return self.end(self.start(fault, *extra, **environment), 400)
 
     def said(self) -> str:
         """What the last start printed."""
