@@ -184,6 +184,15 @@ def test_readme_names_real_things() -> None:
     assert all((ROOT / name).exists() for name in files)
     flags = set(re.findall(r"--([a-z][a-z_]+)", text)) - {"config_file", "num_processes", "help"}
     flags -= {"cpu", "config", "print_config", "rows", "launch", "kills", "out"}
+    flags -= {
+        "jobs",
+        "throttle",
+        "rate",
+        "retry_failed",
+        "array",
+        "gpus",
+        "time",
+    }  # of sweeps, sbatch
     assert len(flags) >= 15
     assert flags <= set(FIELDS), flags - set(FIELDS)
     assert all(f"`{name}`" in text for name in DATASETS)

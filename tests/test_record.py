@@ -9,7 +9,7 @@ import pytest
 
 from toolkit.files import publish_folder, write_json
 from toolkit.record.journal import RunFolder
-from toolkit.record.tracking import Tracker, wandb_mode, wandb_settings
+from toolkit.record.tracking import Tracker, wandb_limits, wandb_mode, wandb_settings
 
 OPTIONS = {"project": "p", "entity": None, "group": "g", "tags": ["t"]}
 
@@ -141,7 +141,7 @@ def test_real_wandb_offline(tmp_path: Path) -> None:
 
     runtime = Runtime("fp32", 1)
     settings = wandb_settings(OPTIONS, "v2-abc", tmp_path)
-    tracker = Tracker(lambda: runtime.start_wandb("p", settings, {"lr": 0.1}))
+    tracker = Tracker(lambda: runtime.start_wandb("p", settings, wandb_limits(), {"lr": 0.1}))
     assert tracker.backend is not None
     tracker.log(1, {"train/loss": 0.5})
     tracker.finish()

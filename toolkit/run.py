@@ -37,7 +37,13 @@ from toolkit.record.journal import RunFolder
 from toolkit.record.metrics import as_record, table
 from toolkit.record.progress import TrainingProgress
 from toolkit.record.provenance import provenance
-from toolkit.record.tracking import Tracker, is_agents_run, wandb_project, wandb_settings
+from toolkit.record.tracking import (
+    Tracker,
+    is_agents_run,
+    wandb_limits,
+    wandb_project,
+    wandb_settings,
+)
 from toolkit.redact import redact_values
 from toolkit.saving import Saving
 from toolkit.stop import Stop
@@ -249,7 +255,7 @@ class Run:
             settings = wandb_settings(options, str(config.run_id), self.folder.path)
             shown = redact_values(config.identity())
             self.tracker = Tracker(
-                lambda: runtime.start_wandb(wandb_project(options), settings, shown)
+                lambda: runtime.start_wandb(wandb_project(options), settings, wandb_limits(), shown)
             )
         self.say(
             f"Training on {runtime.world_size} x {facts['device']} ({facts['distributed_type']}), "

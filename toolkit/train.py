@@ -17,6 +17,7 @@ if __package__ in (None, ""):
     # `model` or `record` would shadow libraries of that name. The repository's root belongs there.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import dataclasses
 import time
 import traceback
 from contextlib import ExitStack
@@ -32,6 +33,8 @@ from toolkit.prepare import prepare_data
 from toolkit.record.checkpoints import Origin, choose, differences
 from toolkit.record.journal import RunFolder
 from toolkit.record.metrics import table
+from toolkit.record.tracking import is_agents_run, replay, wandb_project, wandb_settings
+from toolkit.redact import redact_values
 from toolkit.stop import Stop
 
 CLAIM_SECONDS = 30.0
@@ -151,6 +154,11 @@ def show_result(config: RunConfig, tokens: TokenCache, folder: RunFolder, turn: 
             ]
         )
     if turn.is_main:
+        if config.track == "wandb" and is_agents_run():
+            options = dataclasses.asdict(config.wandb)
+            settings = wandb_settings(options, str(config.run_id), folder.path)
+            shown = redact_values(config.identity())
+            replay(folder.path / "metrics.jsonl", wandb_project(options), settings, shown)
         say(table(summary["test"], "test"))
         say(f"run folder: {folder.path}\nThis run is complete. To train it again: --overwrite")
     return 0

@@ -268,7 +268,13 @@ class Runtime:
         """Return every rank's value, by rank, on all of them."""
         return gather_object([value]) if self.world_size > 1 else [value]
 
-    def start_wandb(self, project: str, settings: dict[str, Any], config: dict[str, Any]) -> Any:
+    def start_wandb(
+        self,
+        project: str,
+        settings: dict[str, Any],
+        limits: dict[str, Any],
+        config: dict[str, Any],
+    ) -> Any:
         """Start Accelerate's W&B tracker; on the main process only.
 
         Raises:
@@ -276,8 +282,7 @@ class Runtime:
         """
         import wandb
 
-        quiet = wandb.Settings(init_timeout=15, finish_timeout=25, console="off", quiet=True)
-        tracker = WandBTracker(project, settings=quiet, **settings)
+        tracker = WandBTracker(project, settings=wandb.Settings(**limits), **settings)
         tracker.start()
         tracker.store_init_configuration(config)
         tracker.run.define_metric("*", step_metric="global_step")

@@ -13,6 +13,7 @@ the same ones to every command, because they are part of the runs' ids.
 
 import argparse
 import os
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -79,6 +80,16 @@ def read(made: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Names
     return options, sweeps.runs(sweeps.load(options.file), extra)
 
 
+def _runs_at(place: Path, argv: list[str]) -> tuple[Path, list[Path]]:
+    """Return the folder of the run folders, and those of a sweep file or all that are there."""
+    if place.is_dir():
+        if argv[1:]:
+            raise ConfigError([f"{token} only goes with a sweep file" for token in argv[1:]])
+        return place, [path.parent for path in sorted(place.glob("*/status.json"))]
+    _, runs = read(parser("results", None), argv)
+    return runs[0].folder.parent, [run.folder for run in runs]
+
+
 def plan(argv: list[str]) -> int:
     """List the runs and what they will cost; start nothing."""
     from toolkit.experiments.plan import costs
@@ -136,6 +147,19 @@ def submit(argv: list[str]) -> int:
     return 0
 
 
+def sync(argv: list[str]) -> int:
+    """Send what offline runs have kept to Weights & Biases; needs a key and the network."""
+    made = argparse.ArgumentParser("toolkit sweep sync", description=sync.__doc__)
+    made.add_argument("place", type=Path, help="sweep file, or folder of run folders")
+    options, _ = made.parse_known_args(argv)
+    _, folders = _runs_at(options.place, argv)
+    kept = [path for folder in folders for path in sorted(folder.glob("wandb/offline-run-*"))]
+    if not kept:
+        say("No offline runs there.")
+        return 0
+    return subprocess.run([sys.executable, "-m", "wandb", "sync", *map(str, kept)]).returncode
+
+
 def task(argv: list[str]) -> int:
     """Print a run's folder and flags, each ended by a zero byte: for sweep.sbatch."""
     made = parser("task", task.__doc__)
@@ -186,16 +210,10 @@ def results(argv: list[str]) -> int:
 
     made = argparse.ArgumentParser("toolkit sweep results", description=results.__doc__)
     made.add_argument("place", type=Path, help="sweep file, or folder of run folders")
-    options, unknown = made.parse_known_args(argv)
-    folder, found = options.place, None
-    if not folder.is_dir():
-        _, runs = read(parser("results", None), argv)
-        folder = runs[0].folder.parent
-        found = [s for s in tables.summaries(folder) if s["run_id"] in {r.run_id for r in runs}]
-        say(f"{len(found)} of {len(runs)} runs are complete")
-    elif unknown:
-        raise ConfigError([f"{token} only goes with a sweep file" for token in unknown])
-    found = tables.summaries(folder) if found is None else found
+    options, _ = made.parse_known_args(argv)
+    folder, folders = _runs_at(options.place, argv)
+    found = [summary for summary in tables.summaries(folder) if summary["folder"] in folders]
+    say(f"{len(found)} of {len(folders)} runs are complete")
     if not found:
         complain(f"error: no completed run in {folder}")
         return 1
@@ -212,6 +230,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "submit": submit,
     "status": status,
     "results": results,
+    "sync": sync,
     "task": task,
     "requeue": requeue,
 }

@@ -1,5 +1,6 @@
 """W&B as a mirror of the journal: it may be absent, slow or down, and the run goes on."""
 
+import json
 import netrc
 import os
 from collections.abc import Callable
@@ -52,6 +53,33 @@ class Tracker:
             )
             self.backend = None
             return None
+
+
+def replay(journal: Path, project: str, settings: dict[str, Any], config: dict[str, Any]) -> None:
+    """Send what a completed run has in its journal to a new W&B run.
+
+    A sweep that is made anew has new runs, and the same settings are the same run here: it is not
+    trained again, but the sweep waits for its metrics.
+    """
+    try:
+        import wandb
+
+        run = wandb.init(
+            project=project, config=config, settings=wandb.Settings(**wandb_limits()), **settings
+        )
+        run.define_metric("*", step_metric="global_step")
+        for line in journal.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            values = {name: value for name, value in row.items() if "/" in name}
+            run.log(values | {"global_step": row["step"]})
+        run.finish()
+    except Exception as error:  # a mirror, as above
+        complain(f"W&B failed: {type(error).__name__}: {error}")
+
+
+def wandb_limits() -> dict[str, Any]:
+    """Return the settings that keep W&B from holding up a run, and quiet."""
+    return {"init_timeout": 15, "finish_timeout": 25, "console": "off", "quiet": True}
 
 
 def wandb_settings(options: dict[str, Any], run_id: str, folder: Path) -> dict[str, Any]:
