@@ -48,12 +48,13 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, answer in (
         ("sbatch", "echo 17"),
         ("squeue", f"/bin/cat {folder}/queue"),
-        ("scontrol", ""),
+        ("scontrol", f"/bin/cat {folder}/job"),
     ):
         file = folder / name
         file.write_text(f'#!/bin/sh\nprintf "%s\\n" "$0 $*" >> {folder}/calls\n{answer}\n')
         file.chmod(file.stat().st_mode | stat.S_IXUSR)
     (folder / "queue").write_text("")
+    (folder / "job").write_text("JobId=15 PreemptEligibleTime=x PreemptTime=None Reason=None")
     monkeypatch.setenv("PATH", str(folder))
     return folder
 
@@ -124,3 +125,13 @@ def test_who_queues_again(
     assert main(["requeue", str(tmp_path), *flag]) == (0 if wanted else 1)
     calls = (fake / "calls").read_text() if (fake / "calls").exists() else ""
     assert calls.endswith("scontrol requeue 12_3\n") == wanted, "exactly this task"
+
+
+def test_preempted_by_sigterm(fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "status.json").write_text('{"status": "preempted"}')
+    monkeypatch.setenv("SLURM_JOB_ID", "15")
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    assert main(["requeue", str(tmp_path)]) == 1
+    (fake / "job").write_text("JobId=15 PreemptTime=2026-11-23T19:08:10 Reason=None")
+    assert main(["requeue", str(tmp_path)]) == 0
+    assert (fake / "calls").read_text().endswith("scontrol requeue 15\n")

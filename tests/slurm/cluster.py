@@ -19,7 +19,7 @@ ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort=6817
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CryptoType=crypto/munge
 SlurmUser=root
 SlurmdUser=root
@@ -29,6 +29,7 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
+# a requeued job waits until its old credential has expired, two minutes by default
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
@@ -72,6 +73,14 @@ class Cluster:
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> "Cluster":
+        try:
+            self._start_all()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _start_all(self) -> None:
         _name_nodes()
         (self.folder / "state").mkdir()
         host = socket.gethostname()
@@ -87,8 +96,8 @@ class Cluster:
         self.start("slurmctld", "-D", "-f", str(self.config))
         for node in NODES:
             self.start_node(node)
-        self.wait_for(lambda: self.ask("sinfo", "-h", "-o", "%D %t") == "2 idle\n")
-        return self
+        nodes = ("sinfo", "-h", "-o", "%D %t")
+        self.wait_for(lambda: self.ask(*nodes, check=False) == "2 idle\n")
 
     def start_node(self, node: str) -> None:
         """Start a node's daemon."""
@@ -115,6 +124,12 @@ class Cluster:
                 process.wait(10)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+    def kill_node(self, node: str, pids: list[int]) -> None:
+        """Let a node die: its daemon, and the processes that run there."""
+        self.daemons[f"slurmd-{node}"].kill()
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
 
     @property
     def environment(self) -> dict[str, str]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -114,6 +115,19 @@ class Bench:
     def status(self, name: str) -> dict[str, Any]:
         return json.loads((self.run_folder(name) / "status.json").read_text())
 
+    def processes(self) -> list[int]:
+        """Return the processes of this bench's jobs."""
+        found = []
+        for process in psutil.process_iter(["cmdline"]):
+            words = " ".join(process.info["cmdline"] or [])
+            if str(self.folder) in words or "slurmstepd" in words:
+                found.append(process.pid)
+        return found
+
+    def has_restarted(self) -> bool:
+        """Tell whether a second start has taken the run over."""
+        return "Going on after step" in self.logs()
+
     def has_logged(self, name: str, step: int) -> bool:
         path = self.run_folder(name) / "metrics.jsonl"
         return path.exists() and f'"step": {step},' in path.read_text()
@@ -125,7 +139,7 @@ SETTINGS = {
     "ACCELERATE_USE_CPU": "true",
     "WANDB_MODE": "offline",
 }
-LONG = ["--epochs=40", "--save_minutes=0.02", "--head=v3", "--dropout=0.2"]
+LONG = ["--epochs=120", "--save_minutes=0.02", "--head=v3", "--dropout=0.2"]
 
 
 @pytest.fixture
@@ -193,7 +207,15 @@ def hurt_requeue(bench: Bench, job: str) -> None:
     bench.cluster.ask("scontrol", "requeue", job)
 
 
-@pytest.mark.parametrize("hurt", [hurt_warning, hurt_preemption, hurt_requeue])
+def hurt_node(bench: Bench, job: str) -> None:
+    """The node dies with all that runs on it; SLURM notices after SlurmdTimeout."""
+    node = bench.cluster.ask("squeue", "-h", f"--jobs={job}", "-o", "%N").strip()
+    bench.cluster.kill_node(node, bench.processes())
+    bench.cluster.wait_for(lambda: bench.has_restarted(), 120)
+    bench.cluster.start_node(node)
+
+
+@pytest.mark.parametrize("hurt", [hurt_warning, hurt_preemption, hurt_requeue, hurt_node])
 def test_interrupted_and_goes_on(bench: Bench, uninterrupted: dict[str, Any], hurt: Any) -> None:
     job = bench.train("--cpus-per-task=1", "--time=10", flags=[*LONG, "--run_id=long"])
     bench.cluster.wait_for(lambda: bench.has_logged("long", 20))

@@ -180,7 +180,8 @@ def requeue(argv: list[str]) -> int:
     made.add_argument("--max_requeues", type=int, default=20, help="give up after so many")
     options = made.parse_args(argv)
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    if not slurm.wants_requeue(options.folder, options.asked, restarts, options.max_requeues):
+    asked = options.asked or slurm.was_preempted()
+    if not slurm.wants_requeue(options.folder, asked, restarts, options.max_requeues):
         return 1
     say(f"Interrupted: queued again ({restarts + 1} of at most {options.max_requeues} times)")
     slurm.requeue()

@@ -4,6 +4,7 @@ The templates in `slurm/` do the work on the cluster; this asks `sbatch`, `squeu
 """
 
 import os
+import re
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -109,6 +110,17 @@ def wants_requeue(folder: Path | None, asked: bool, restarts: int, max_requeues:
         return asked
     state = read_state(folder)
     return (asked and state.is_open) or state.wants_smaller_batches
+
+
+def was_preempted() -> bool:
+    """Tell whether SLURM wants this job's place for another one.
+
+    It asks with SIGTERM only, and queues a job again that is still there when its grace time is
+    over. One that has saved and ended in time would be done for good.
+    """
+    command = ["scontrol", "--oneliner", "show", "job", os.environ.get("SLURM_JOB_ID", "")]
+    found = re.search(r"\bPreemptTime=(\S+)", _ask(command, quietly=True))
+    return found is not None and found[1] not in ("None", "Unknown")
 
 
 def requeue() -> None:
