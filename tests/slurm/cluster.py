@@ -43,7 +43,7 @@ SchedulerParameters=sched_interval=2,batch_sched_delay=0,bf_interval=2,requeue_s
 MpiDefault=none
 KillWait=20
 MinJobAge=600
-SlurmdTimeout=20
+SlurmdTimeout=10
 MailProg=/bin/true
 NodeName={nodes} NodeHostname={host} NodeAddr=127.0.0.1 Port=17001-17002 CPUs=2 RealMemory=4000
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=60 MaxTime=INFINITE State=UP
