@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make the virtual environment .venv in the repository and install the toolkit into it.
-#   launch/install.sh [EXTRA]        EXTRA: deepspeed (for launch/zero*.yaml), or dev (all)
+#   launch/install.sh [EXTRA]        EXTRA: deepspeed (for launch/zero*.yaml), search (Optuna), or dev (all)
 # PYTHON chooses the interpreter (3.11 or newer), VENV another place.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

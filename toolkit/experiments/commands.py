@@ -120,13 +120,34 @@ def run(argv: list[str]) -> int:
     made = parser("run", run.__doc__)
     made.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     made.add_argument("--retry_failed", action="store_true", help="start failed runs again")
+    made.add_argument("--search", choices=["optuna"], help="let Optuna choose among the values")
+    made.add_argument("--trials", type=int, help="of a search; default: the file's run_cap, or 20")
+    made.add_argument("--sampler", choices=["tpe", "random"], default="tpe", help="of a search")
+    if made.parse_known_args(argv)[0].search:
+        return _search(made, argv)
     options, runs = read(made, argv)
     if options.jobs < 1:
         raise ConfigError([f"--jobs got {options.jobs}, allowed is 1 or more"])
     runner = LocalRunner(runs, options.jobs)
     complete = runner.run(options.retry_failed)
-    say(f"The table: python -m toolkit sweep results {' '.join(argv[:1])}")
-    return 0 if complete else 75 if runner.stopping else 1
+    if runner.stopping:
+        return 75
+    _show_results(runs[0].folder.parent, [run.folder for run in runs])
+    return 0 if complete else 1
+
+
+def _search(made: argparse.ArgumentParser, argv: list[str]) -> int:
+    from toolkit.experiments.search import Search
+
+    options, unknown = made.parse_known_args(argv)
+    extra, rest = split_flags(unknown)
+    if rest:
+        raise ConfigError([f"{token} is unknown to {made.prog}" for token in rest])
+    sweep = sweeps.load(options.file)
+    search = Search(sweep, extra, options.sampler, seed=None)
+    complete = search.run(options.trials or sweep.run_cap or 20)
+    say(search.best())
+    return 0 if complete else 75
 
 
 def submit(argv: list[str]) -> int:
@@ -207,22 +228,26 @@ def status(argv: list[str]) -> int:
 
 def results(argv: list[str]) -> int:
     """Write and show the table of all completed runs."""
-    from toolkit.experiments import results as tables
-
     made = argparse.ArgumentParser("toolkit sweep results", description=results.__doc__)
     made.add_argument("place", type=Path, help="sweep file, or folder of run folders")
     options, _ = made.parse_known_args(argv)
-    folder, folders = _runs_at(options.place, argv)
+    return 0 if _show_results(*_runs_at(options.place, argv)) else 1
+
+
+def _show_results(folder: Path, folders: list[Path]) -> bool:
+    """Write and show the table of these runs; return whether there is any."""
+    from toolkit.experiments import results as tables
+
     found = [summary for summary in tables.summaries(folder) if summary["folder"] in folders]
     say(f"{len(found)} of {len(folders)} runs are complete")
     if not found:
         complain(f"error: no completed run in {folder}")
-        return 1
+        return False
     settings = tables.settings(found)
     tables.show(tables.rows(settings), settings)
     for path in tables.write_all(folder, settings):
         say(f"written: {path}")
-    return 0
+    return True
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

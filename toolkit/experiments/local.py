@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 from toolkit.console import say
 from toolkit.experiments.states import read_state
@@ -36,23 +37,18 @@ class LocalRunner:
         failed = len(self.runs) - done - len(todo)
         hint = f", {failed} failed or running (--retry_failed starts failed ones)" if failed else ""
         say(f"{len(self.runs)} runs: {done} completed, {len(todo)} to do{hint}")
-        with _forwarding(self), ThreadPoolExecutor(self.jobs) as pool:
+        with forwarding(self), ThreadPoolExecutor(self.jobs) as pool:
             list(pool.map(self._run_one, todo))
         return all(read_state(run.folder).kind == "completed" for run in self.runs)
 
     def _run_one(self, run: Run) -> None:
         if self.stopping:
             return
-        log = log_file(run)
-        log.parent.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         say(f"[{run.index}] {run.run_id}  {run.label}")
         with self._lock:
             cores = self._cores.pop()
-        with log.open("ab") as file:
-            process = subprocess.Popen(
-                run.command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-            )
+        process = start(run)
         os.sched_setaffinity(process.pid, cores)  # a trainer takes all cores it may use
         self._alive.add(process)
         if self.stopping:  # asked in between
@@ -77,6 +73,16 @@ class LocalRunner:
             process.send_signal(signal.SIGTERM)
 
 
+def start(run: Run) -> "subprocess.Popen[bytes]":
+    """Start a run in a session of its own: a Ctrl-C reaches it once, through us."""
+    log = log_file(run)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            run.command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
 def log_file(run: Run) -> Path:
     """Return where what a run prints goes."""
     return run.folder.parent / "logs" / f"{run.run_id}.log"
@@ -94,8 +100,19 @@ def _shares(cores: list[int], jobs: int) -> list[set[int]]:
     ]
 
 
+class Stoppable(Protocol):
+    """What can be asked to stop."""
+
+    stopping: bool
+
+    def stop(self) -> None:
+        """Let what is under way save and end, and start nothing more."""
+
+
 @contextmanager
-def _forwarding(runner: LocalRunner) -> Iterator[None]:
+def forwarding(runner: Stoppable) -> Iterator[None]:
+    """Let a signal stop the runner, once."""
+
     def stop(number: int, frame: FrameType | None) -> None:
         if runner.stopping:
             return

@@ -15,11 +15,8 @@ class HubModel(NamedTuple):
     commit: str
 
 
-HUB_ENCODERS = {
-    "bert-base": HubModel(
-        "google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594"
-    ),
-}
+BERT_BASE = HubModel("google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594")
+HUB_ENCODERS = {"bert-base": BERT_BASE, "bert-base-uncased": BERT_BASE}
 
 NAMES = ("minilm", *HUB_ENCODERS)
 

@@ -1,0 +1,122 @@
+"""Search without a server: Optuna proposes, real runs answer, a killed worker loses no trial."""
+
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import yaml
+
+from tests.programs import ROOT
+from toolkit.errors import ConfigError
+from toolkit.experiments import sweep as sweeps
+from toolkit.experiments.search import Search, suggest
+from toolkit.experiments.states import read_state
+
+
+def write(folder: Path, flags: list[str], **parameters: Any) -> Path:
+    fixed = dict(flag[2:].split("=") for flag in flags)
+    content = {
+        "program": str(ROOT / "toolkit" / "train.py"),
+        "method": "bayes",
+        "metric": {"name": "eval/f1", "goal": "maximize"},
+        "command": [sys.executable, "${program}", "${args}"],
+        "parameters": {name: {"value": value} for name, value in fixed.items()} | parameters,
+    }
+    path = folder / "search.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def open_search(path: Path, seed: int = 0) -> Search:
+    return Search(sweeps.load(path), [], "random", seed)
+
+
+LR = {"distribution": "log_uniform_values", "min": 1e-5, "max": 1e-2}
+
+
+def test_runs_are_proposed_and_judged_by_validation(
+    tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    path = write(tmp_path, tiny_flags, lr=LR, head={"values": ["v1", "v2"]}, epochs={"value": 2})
+    search = open_search(path)
+    assert search.run(2)
+    found = search.study.get_trials()
+    assert [trial.state.name for trial in found] == ["COMPLETE"] * 2
+    for trial in found:
+        assert read_state(search.folder / trial.user_attrs["run_id"]).kind == "completed"
+        assert len(trial.intermediate_values) == 2, "one for each evaluation"
+        assert trial.value == max(trial.intermediate_values.values())
+        assert 1e-5 <= trial.params["lr"] <= 1e-2
+    again = open_search(path)
+    assert again.run(2)
+    assert len(again.study.get_trials()) == 2, "nothing is left to do"
+    assert "Best of 2 by eval/f1" in again.best()
+
+
+def test_what_is_not_promising_is_stopped(
+    tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    path = write(tmp_path, tiny_flags, lr=LR, epochs={"value": 2000})
+    search = open_search(path)
+    search.study.pruner = optuna.pruners.ThresholdPruner(lower=2.0)
+    assert search.run(1)
+    [trial] = search.study.get_trials()
+    assert trial.state.name == "PRUNED"
+    assert read_state(search.folder / trial.user_attrs["run_id"]).kind == "stopped"
+
+
+def test_a_killed_worker_loses_no_trial(tiny_flags: list[str], tmp_path: Path) -> None:
+    """The next one does the same trial again, whose run goes on where it was."""
+    epochs = {"value": 60}
+    path = write(tmp_path, [*tiny_flags, "--save_minutes=0"], lr=LR, epochs=epochs)
+    command = [sys.executable, "-m", "toolkit", "sweep", "run", str(path)]
+    command += ["--search=optuna", "--trials=1"]
+    settings = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=settings, start_new_session=True)
+    runs = tmp_path / "runs"
+    deadline = time.monotonic() + 60
+    while not list(runs.glob("*/checkpoints/step-00002*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    subprocess.run(["pkill", "-KILL", "-f", f"output_dir={runs}"], check=True)
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folders = [folder for folder in runs.iterdir() if (folder / "status.json").exists()]
+    assert len(folders) == 1
+    assert read_state(folders[0]).kind == "completed"
+    [log] = (runs / "logs").iterdir()
+    assert "Going on after step" in log.read_text()
+
+
+def test_distributions() -> None:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    trial = study.ask()
+    assert suggest(trial, "a", {"value": 3}) == 3
+    assert suggest(trial, "b", {"values": [None, "x"]}) in (None, "x")
+    assert suggest(trial, "c", {"min": 1, "max": 3}) in (1, 2, 3)
+    assert 0.5 <= suggest(trial, "d", {"min": 0.5, "max": 1}) <= 1
+    assert suggest(trial, "e", {"distribution": "q_uniform", "min": 0, "max": 8, "q": 4}) in (
+        0,
+        4,
+        8,
+    )
+    low, high = math.log(1e-5), math.log(1e-3)
+    assert (
+        1e-5
+        <= suggest(trial, "f", {"distribution": "log_uniform", "min": low, "max": high})
+        <= 1e-3
+    )
+    with pytest.raises(ConfigError, match="normal"):
+        suggest(trial, "g", {"distribution": "normal", "min": 0, "max": 1})
+    with pytest.raises(ConfigError, match="needs values or min, max"):
+        suggest(trial, "h", {"distribution": "normal", "mu": 0})

@@ -1,0 +1,181 @@
+"""Search beyond a grid, without a server: Optuna proposes runs, which are then like any others.
+
+The trials lie in a journal file beside the run folders, which is safe on shared file systems: to
+search with several machines, start the same command on each. What early termination stops is
+judged by validation metrics; the test set is scored, and never looked at here.
+"""
+
+import json
+import math
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from toolkit.console import say
+from toolkit.errors import ConfigError
+from toolkit.experiments import local
+from toolkit.experiments import sweep as sweeps
+from toolkit.experiments.states import read_state
+from toolkit.experiments.sweep import Run, Sweep
+from toolkit.record.journal import RunFolder
+
+POLL_SECONDS = 0.5
+
+
+class Search:
+    """One worker of a search."""
+
+    def __init__(self, sweep: Sweep, extra: list[str], sampler: str, seed: int | None) -> None:
+        self.sweep = sweep
+        self.extra = extra
+        self.stopping = False
+        self.process: Any = None
+        fixed = {name: p["value"] for name, p in sweep.parameters.items() if "value" in p}
+        self.folder = sweeps.make_run(sweep, 0, fixed, extra).folder.parent
+        self.study = _open_study(sweep, self.folder, sampler, seed)
+
+    def run(self, trials: int) -> bool:
+        """Run trials until so many are done by all workers; return whether they are."""
+        self._give_back_lost_trials()
+        with local.forwarding(self):
+            while not self.stopping and self._done() < trials:
+                self._run_one()
+        return self._done() >= trials
+
+    def _done(self) -> int:
+        from optuna.trial import TrialState
+
+        return len(self.study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED)))
+
+    def _give_back_lost_trials(self) -> None:
+        """Let trials whose worker was killed be done again: their runs go on where they were."""
+        from optuna.trial import TrialState
+
+        for trial in self.study.get_trials(states=(TrialState.RUNNING,)):
+            folder = self.folder / trial.user_attrs.get("run_id", "")
+            if read_state(folder).kind != "running":
+                self.study.tell(trial.number, state=TrialState.FAIL)
+                self.study.enqueue_trial(trial.params)
+
+    def _run_one(self) -> None:
+        from optuna.trial import TrialState
+
+        trial = self.study.ask()
+        cell = {name: suggest(trial, name, p) for name, p in self.sweep.parameters.items()}
+        run = sweeps.make_run(self.sweep, trial.number, cell, self.extra)
+        trial.set_user_attr("run_id", run.run_id)
+        say(f"[{trial.number}] {run.run_id}  {run.label}")
+        pruned = self._watch(trial, run)
+        if self.stopping:
+            return  # the next start gives the trial back
+        values = [value for _, value in self._values(run)]
+        best = (max if self.sweep.maximize else min)(values, default=None)
+        if pruned:
+            RunFolder(run.folder).set_status("stopped", message="its metric was not promising")
+            self.study.tell(trial, state=TrialState.PRUNED)
+        elif best is None or read_state(run.folder).kind != "completed":
+            self.study.tell(trial, state=TrialState.FAIL)
+        else:
+            self.study.tell(trial, best)
+        outcome = "stopped early" if pruned else read_state(run.folder).kind
+        say(f"[{trial.number}] {run.run_id}  {outcome}  {self.sweep.metric} {best}")
+
+    def _watch(self, trial: Any, run: Run) -> bool:
+        """Run a trial; tell Optuna what it reaches; return whether it was stopped for that."""
+        self.process = local.start(run)
+        reported, pruned = 0, False
+        while self.process.poll() is None:
+            time.sleep(POLL_SECONDS)
+            for step, value in self._values(run)[reported:]:
+                reported += 1
+                trial.report(value, step)
+                if not pruned and trial.should_prune():
+                    pruned = True
+                    self.process.send_signal(signal.SIGTERM)
+        return pruned and not self.stopping
+
+    def _values(self, run: Run) -> list[tuple[int, float]]:
+        """Return the metric at each evaluation so far, by its number."""
+        path = run.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        found = [row[self.sweep.metric] for row in rows if row.get(self.sweep.metric) is not None]
+        return [*enumerate(found, start=1)]
+
+    def stop(self) -> None:
+        """Let the run that is under way save and end, and start no other."""
+        self.stopping = True
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+
+    def best(self) -> str:
+        """Say what was found."""
+        from optuna.trial import TrialState
+
+        if not self.study.get_trials(states=(TrialState.COMPLETE,)):
+            return "No trial is complete."
+        trial = self.study.best_trial
+        return (
+            f"Best of {self._done()} by {self.sweep.metric}: {trial.value:.4f}, "
+            f"{trial.user_attrs['run_id']} {trial.params}"
+        )
+
+
+def _open_study(sweep: Sweep, folder: Path, sampler: str, seed: int | None) -> Any:
+    try:
+        import optuna
+        from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+    except ImportError as error:
+        hint = "bash launch/install.sh search"
+        raise ConfigError([f"--search optuna needs Optuna ({error}): {hint}"]) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = str(folder / f".search-{sweep.path.stem}.journal")
+    backend = JournalFileBackend(path, lock_obj=JournalFileOpenLock(path))
+    samplers = {
+        "tpe": lambda: optuna.samplers.TPESampler(seed=seed),
+        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
+    }
+    stops = sweep.early_terminate or {}
+    pruner = optuna.pruners.HyperbandPruner(
+        min_resource=stops.get("min_iter", 1), reduction_factor=stops.get("eta", 3)
+    )
+    return optuna.create_study(
+        storage=optuna.storages.JournalStorage(backend),
+        study_name=sweep.path.stem,
+        direction="maximize" if sweep.maximize else "minimize",
+        sampler=samplers[sampler](),
+        pruner=pruner if stops else optuna.pruners.NopPruner(),
+        load_if_exists=True,
+    )
+
+
+def suggest(trial: Any, name: str, parameter: dict[str, Any]) -> Any:
+    """Choose a parameter's value, from what W&B's format says of it.
+
+    Raises:
+        ConfigError: for a distribution that Optuna does not have.
+    """
+    if "value" in parameter:
+        return parameter["value"]
+    if "values" in parameter:
+        return trial.suggest_categorical(name, parameter["values"])
+    if "min" not in parameter or "max" not in parameter:
+        raise ConfigError([f"parameters.{name} got {parameter!r}: search needs values or min, max"])
+    low, high = parameter["min"], parameter["max"]
+    whole = isinstance(low, int) and isinstance(high, int)
+    match parameter.get("distribution", "int_uniform" if whole else "uniform"):
+        case "int_uniform":
+            return trial.suggest_int(name, low, high)
+        case "uniform":
+            return trial.suggest_float(name, low, high)
+        case "q_uniform":
+            return trial.suggest_float(name, low, high, step=parameter.get("q", 1))
+        case "log_uniform_values":
+            return trial.suggest_float(name, low, high, log=True)
+        case "log_uniform":  # W&B gives the exponents
+            return trial.suggest_float(name, math.exp(low), math.exp(high), log=True)
+        case other:
+            allowed = "int_uniform, uniform, q_uniform, log_uniform_values, log_uniform"
+            raise ConfigError([f"parameters.{name}.distribution got {other!r}, allowed: {allowed}"])
