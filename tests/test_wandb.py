@@ -104,12 +104,12 @@ def test_an_agent_runs_a_sweep(bench: Bench) -> None:
         assert any("eval/f1" in row for row in run.rows), "what early termination watches"
         assert any("test/f1" in row for row in run.rows)
     assert len(list(bench.runs.glob("*/summary.json"))) == 2
-    before = {path: path.stat().st_mtime_ns for path in bench.runs.rglob("*.json*")}
+    before = {path: path.stat().st_mtime_ns for path in bench.runs.glob("*/*.json*")}
     assert bench.agent(bench.sweep(cells[0])).wait(120) == 0
     first, _, again = bench.server.runs.values()
     assert again.state == "finished", "the same sweep made anew: not trained again, but mirrored"
     assert _figures(again.rows) == _figures(first.rows)
-    assert {path: path.stat().st_mtime_ns for path in bench.runs.rglob("*.json*")} == before
+    assert {path: path.stat().st_mtime_ns for path in bench.runs.glob("*/*.json*")} == before
 
 
 def _figures(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
