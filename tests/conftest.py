@@ -12,7 +12,7 @@ from tests.tiny import make_data, make_encoder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let a file's tests, which share costly fixtures, run in one process; those of quality share none."""
+    """Keep a file's tests, which share costly fixtures, in one process; not those of quality."""
     for item in items:
         if item.path.name != "test_quality.py":
             item.add_marker(pytest.mark.xdist_group(item.path.name))
