@@ -99,10 +99,11 @@ def plan(argv: list[str]) -> int:
     made.add_argument("--rate", type=float, help="reviews/s; else as completed runs reached")
     options, runs = read(made, argv)
     found = costs(runs, options.rate)
+    width = max(len(run.label) for run in runs)
     for run, cost in zip(runs, found, strict=True):
         steps = "? steps" if cost.steps is None else f"{cost.steps} steps"
         time = "" if cost.seconds is None else f"  {duration(cost.seconds)} ({cost.source})"
-        say(f"{run.index:>4}  {run.run_id:<14}  {run.label}  {steps}{time}")
+        say(f"{run.index:>4}  {run.run_id:<14}  {run.label:<{width}}  {steps}{time}")
     known = [cost.seconds for cost in found if cost.seconds is not None]
     total = f", {duration(sum(known))} in all" if len(known) == len(runs) else ""
     say(f"{len(runs)} runs{total}; run folders in {runs[0].folder.parent}")
@@ -215,13 +216,15 @@ def status(argv: list[str]) -> int:
 
     _, runs = read(parser("status", status.__doc__), argv)
     queued = slurm.queue(runs[0].folder.parent)
+    width = max(len(each.label) for each in runs)
     in_queue = {index for tasks in queued.values() for index in tasks}
     counts: Counter[str] = Counter()
     for each in runs:
         state = read_state(each.folder)
         kind = "queued" if state.is_open and each.index in in_queue else state.kind
         counts[kind] += 1
-        say(f"{each.index:>4}  {each.run_id:<14}  {kind:<9}  {each.label}  {state.describe()}")
+        place = f"{each.index:>4}  {each.run_id:<14}  {kind:<9}  {each.label:<{width}}"
+        say(f"{place}  {state.describe()}".rstrip())
     say(f"{len(runs)} runs: " + ", ".join(f"{count} {kind}" for kind, count in counts.items()))
     return 0
 

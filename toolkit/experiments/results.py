@@ -190,10 +190,14 @@ def conclusions(listed: list[dict[str, Any]], found: list[Setting]) -> list[str]
     top, best = listed[0], found[0]
     ties = [setting for setting in found[1:] if setting.verdict(best).startswith("cannot")]
     lines = [f"Best run by F1 on the test set: {top['experiment']} ({top['run_id']})."]
+    if top["run_id"] not in {run["run_id"] for run in best.runs}:
+        names = ", ".join(name_of(run) for run in best.runs)
+        lines.append(f"Best setting over all of its seeds: {names}, F1 {best.f1:.4f}.")
     if ties:
         names = ", ".join(sorted({name_of(run) for setting in ties for run in setting.runs}))
         lines.append(
-            f"At 95 % it cannot be told from {len(ties)} of the {len(found) - 1} other settings: {names}."
+            f"At 95 % the best setting cannot be told from {len(ties)} of the {len(found) - 1} other "
+            f"settings: {names}."
         )
     elif len(found) > 1:
         lines.append("At 95 % every other setting on the same test rows is below it.")
@@ -241,9 +245,7 @@ def _f1_of(run: dict[str, Any]) -> float:
 
 
 def show(listed: list[dict[str, Any]], found: list[Setting]) -> None:
-    """Print the table; wider than 80 columns, it is cut nowhere in a file or a pipe."""
-    console = Console()
-    width = console.width if console.is_terminal else 250
-    Console(width=width).print(to_table(listed))
+    """Print the table, never cut: a narrow terminal wraps its lines."""
+    Console(width=max(Console().width, 250)).print(to_table(listed))
     for line in conclusions(listed, found):
         say(line)
