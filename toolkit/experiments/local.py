@@ -3,16 +3,18 @@
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
 from toolkit.console import say
+from toolkit.errors import ConfigError
 from toolkit.experiments.states import read_state
 from toolkit.experiments.sweep import Run
 
@@ -49,7 +51,8 @@ class LocalRunner:
         with self._lock:
             cores = self._cores.pop()
         process = start(run)
-        os.sched_setaffinity(process.pid, cores)  # a trainer takes all cores it may use
+        with suppress(ProcessLookupError):  # it may have failed at once
+            os.sched_setaffinity(process.pid, cores)  # a trainer takes all cores it may use
         self._alive.add(process)
         if self.stopping:  # asked in between
             process.send_signal(signal.SIGTERM)
@@ -74,13 +77,26 @@ class LocalRunner:
 
 
 def start(run: Run) -> "subprocess.Popen[bytes]":
-    """Start a run in a session of its own: a Ctrl-C reaches it once, through us."""
+    """Start a run in a session of its own: a Ctrl-C reaches it once, through us.
+
+    Raises:
+        ConfigError: when there is no such program.
+    """
     log = log_file(run)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file:
-        return subprocess.Popen(
-            run.command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
+    # the launcher that was installed with this Python, whether its environment is activated or not
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    try:
+        with log.open("ab") as file:
+            return subprocess.Popen(
+                run.command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=os.environ | {"PATH": path},
+            )
+    except FileNotFoundError as error:
+        raise ConfigError([f"the sweep's command starts {run.command[0]!r}: {error}"]) from error
 
 
 def log_file(run: Run) -> Path:
