@@ -101,7 +101,8 @@ class Stop:
             self._note(heard[0])
 
     def _look_for_file(self) -> None:
-        named = os.environ.get("TOOLKIT_STOP_FILE")
+        is_main = os.environ.get("RANK", "0") == "0"
+        named = os.environ.get("TOOLKIT_STOP_FILE") if is_main else None
         files = [self.file, Path(named) if named else None]
         for file in [file for file in files if file]:
             with suppress(OSError):  # a shared file system may fail for a while; look again

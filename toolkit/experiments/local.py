@@ -28,7 +28,7 @@ class LocalRunner:
         self.runs = runs
         self.jobs = jobs
         self.stopping = False
-        self._alive: set[subprocess.Popen[bytes]] = set()
+        self._alive: dict[str, tuple[Run, subprocess.Popen[bytes]]] = {}
         self._cores = _shares(sorted(os.sched_getaffinity(0)), jobs)
         self._lock = threading.Lock()
 
@@ -53,11 +53,11 @@ class LocalRunner:
         process = start(run)
         with suppress(ProcessLookupError):  # it may have failed at once
             os.sched_setaffinity(process.pid, cores)  # a trainer takes all cores it may use
-        self._alive.add(process)
+        self._alive[run.run_id] = run, process
         if self.stopping:  # asked in between
-            process.send_signal(signal.SIGTERM)
+            ask_to_stop(run)
         code = process.wait()
-        self._alive.discard(process)
+        del self._alive[run.run_id]
         with self._lock:
             self._cores.append(cores)
         self._report(run, code, time.monotonic() - started)
@@ -72,8 +72,13 @@ class LocalRunner:
     def stop(self) -> None:
         """Let the runs that are under way save and end, and start no other."""
         self.stopping = True
-        for process in list(self._alive):
-            process.send_signal(signal.SIGTERM)
+        for run, _ in list(self._alive.values()):
+            ask_to_stop(run)
+
+    def terminate(self) -> None:
+        """End what does not listen."""
+        for _, process in list(self._alive.values()):
+            process.terminate()
 
 
 def start(run: Run) -> "subprocess.Popen[bytes]":
@@ -86,6 +91,8 @@ def start(run: Run) -> "subprocess.Popen[bytes]":
     log.parent.mkdir(parents=True, exist_ok=True)
     # the launcher that was installed with this Python, whether its environment is activated or not
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    _stop_file(run).unlink(missing_ok=True)
+    settings = {"PATH": path, "TOOLKIT_STOP_FILE": str(_stop_file(run).absolute())}
     try:
         with log.open("ab") as file:
             return subprocess.Popen(
@@ -93,10 +100,19 @@ def start(run: Run) -> "subprocess.Popen[bytes]":
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env=os.environ | {"PATH": path},
+                env=os.environ | settings,
             )
     except FileNotFoundError as error:
         raise ConfigError([f"the sweep's command starts {run.command[0]!r}: {error}"]) from error
+
+
+def ask_to_stop(run: Run) -> None:
+    """Ask a run to save and end; not by a signal, which a launcher of one process does not pass on."""
+    _stop_file(run).touch()
+
+
+def _stop_file(run: Run) -> Path:
+    return log_file(run).with_suffix(".stop")
 
 
 def log_file(run: Run) -> Path:
@@ -124,13 +140,17 @@ class Stoppable(Protocol):
     def stop(self) -> None:
         """Let what is under way save and end, and start nothing more."""
 
+    def terminate(self) -> None:
+        """End what does not listen."""
+
 
 @contextmanager
 def forwarding(runner: Stoppable) -> Iterator[None]:
-    """Let a signal stop the runner, once."""
+    """Let a signal stop the runner; a second one does not wait for what does not listen."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         if runner.stopping:
+            runner.terminate()
             return
         say("Stopping: the runs under way save and end; the same command goes on from there.")
         runner.stop()

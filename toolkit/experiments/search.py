@@ -7,7 +7,6 @@ judged by validation metrics; the test set is scored, and never looked at here.
 
 import json
 import math
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ class Search:
         self.sweep = sweep
         self.extra = extra
         self.stopping = False
-        self.process: Any = None
+        self.under_way: tuple[Run, Any] | None = None
         fixed = {name: p["value"] for name, p in sweep.parameters.items() if "value" in p}
         self.folder = sweeps.make_run(sweep, 0, fixed, extra).folder.parent
         self.study = _open_study(sweep, self.folder, sampler, seed)
@@ -83,16 +82,18 @@ class Search:
 
     def _watch(self, trial: Any, run: Run) -> bool:
         """Run a trial; tell Optuna what it reaches; return whether it was stopped for that."""
-        self.process = local.start(run)
+        process = local.start(run)
+        self.under_way = run, process
         reported, pruned = 0, False
-        while self.process.poll() is None:
+        while process.poll() is None:
             time.sleep(POLL_SECONDS)
             for step, value in self._values(run)[reported:]:
                 reported += 1
                 trial.report(value, step)
                 if not pruned and trial.should_prune():
                     pruned = True
-                    self.process.send_signal(signal.SIGTERM)
+                    local.ask_to_stop(run)
+        self.under_way = None
         return pruned and not self.stopping
 
     def _values(self, run: Run) -> list[tuple[int, float]]:
@@ -106,8 +107,13 @@ class Search:
     def stop(self) -> None:
         """Let the run that is under way save and end, and start no other."""
         self.stopping = True
-        if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
+        if self.under_way:
+            local.ask_to_stop(self.under_way[0])
+
+    def terminate(self) -> None:
+        """End what does not listen."""
+        if self.under_way:
+            self.under_way[1].terminate()
 
     def best(self) -> str:
         """Say what was found."""
