@@ -11,4 +11,4 @@ cd "$root"
 "$venv/bin/ruff" check .
 "$venv/bin/mypy"
 # most tests wait for processes to start or to end: two files at a time take little more than half as long
-exec "$venv/bin/python" -m pytest -n 2 --dist loadgroup "$@"
+exec "$venv/bin/python" -m pytest -n 2 --dist loadfile "$@"

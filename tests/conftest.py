@@ -11,13 +11,6 @@ import pytest
 from tests.tiny import make_data, make_encoder
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file's tests, which share costly fixtures, in one process; not those of quality."""
-    for item in items:
-        if item.path.name != "test_quality.py":
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
-
-
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the developer's own settings out of the tests, and W&B off the network."""
