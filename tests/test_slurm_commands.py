@@ -135,3 +135,18 @@ def test_preempted_by_sigterm(fake: Path, tmp_path: Path, monkeypatch: pytest.Mo
     (fake / "job").write_text("JobId=15 PreemptTime=2026-11-23T19:08:10 Reason=None")
     assert main(["requeue", str(tmp_path)]) == 0
     assert (fake / "calls").read_text().endswith("scontrol requeue 15\n")
+
+
+def test_keys_are_in_no_command_and_no_file(
+    fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    for name in ("WANDB_API_KEY", "HF_TOKEN"):
+        monkeypatch.setenv(name, "canary-7f3a")
+    file = str(ROOT / "configs" / "sweeps" / "smoke.yaml")
+    assert main(["submit", file, f"--output_dir={tmp_path / 'runs'}"]) == 0
+    shown = capsys.readouterr()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) >= 5, "the calls and the note of the submission are among them"
+    assert all(b"canary" not in path.read_bytes() for path in files)
+    assert "canary" not in shown.out + shown.err

@@ -250,8 +250,8 @@ def test_requeues_are_capped_and_cancelled_runs_stay_so(bench: Bench) -> None:
     assert bench.status("long")["status"] == "preempted", bench.logs()
 
 
-def test_a_failed_task_is_retried_alone(bench: Bench) -> None:
-    """One of four fails; `submit` leaves it alone unless it is told to."""
+def test_failed_tasks_are_retried_when_told(bench: Bench) -> None:
+    """All four crash once; `submit --retry_failed` starts them again, and each goes on."""
     bench.sweep("submit", "--cpus-per-task=1", TOOLKIT_FAULT="raise@optimizer:0:7")
     bench.cluster.wait_for(lambda: bench.sweep("status").count("crashed") == 4, 120)
     said = bench.sweep("submit", "--retry_failed", "--cpus-per-task=1")

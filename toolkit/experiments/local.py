@@ -36,8 +36,8 @@ class LocalRunner:
         """Run what is not complete; return whether all runs of the sweep are complete now."""
         todo = [run for run in self.runs if _is_to_do(run, retry_failed)]
         done = sum(read_state(run.folder).kind == "completed" for run in self.runs)
-        failed = len(self.runs) - done - len(todo)
-        hint = f", {failed} failed or running (--retry_failed starts failed ones)" if failed else ""
+        others = len(self.runs) - done - len(todo)
+        hint = f", {others} failed, stopped or running (--retry_failed: failed)" if others else ""
         say(f"{len(self.runs)} runs: {done} completed, {len(todo)} to do{hint}")
         with forwarding(self), ThreadPoolExecutor(self.jobs) as pool:
             list(pool.map(self._run_one, todo))
