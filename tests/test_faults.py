@@ -278,15 +278,33 @@ def test_out_of_memory_later(make: MakeSubject, in_fp32: Subject, config: str) -
 
 
 def test_out_of_memory_where_ranks_cannot_meet_again(make: MakeSubject) -> None:
-    """ZeRO-3 exchanges parameters in the forward pass: the run ends, the next start takes care."""
-    subject = make("--save_minutes=0", config="zero3")
-    assert subject.run("oom@forward:1:6") != 0
+    """ZeRO-3 exchanges parameters in the forward pass: the run ends, the next start takes care.
+
+    In the first step: bit for bit the run that was started with smaller micro-batches.
+    """
+    small = make("--grad_accum=2", "--max_steps=6", config="zero3")
+    assert small.run() == 0
+    subject = make("--max_steps=6", config="zero3")
+    assert subject.run("oom@forward:1:1") != 0
     assert subject.status["status"] == "oom", subject.status
     assert "micro-batches half as large" in subject.said()
-    assert subject.run("kill@data:0:9") != 0
+    assert subject.run() == 0, subject.said()
+    ours, theirs = subject.result(), small.result()
+    assert ours == theirs, [key for key in ours if ours[key] != theirs[key]]
+
+
+def test_out_of_memory_later_where_ranks_cannot_meet_again(
+    make: MakeSubject, in_fp32: Subject
+) -> None:
+    """Half-way through, in the backward pass: what was done stays, the rest is cut smaller."""
+    subject = make("--precision=fp32", "--max_steps=30", "--save_minutes=0", config="zero3")
+    assert subject.run("oom@backward:0:6") != 0
+    assert subject.status["status"] == "oom", subject.status
+    assert subject.run() == 0, subject.said()
     assert "Going on after step 5" in subject.said()
+    assert_close(subject, in_fp32)
     notes = json.loads(
-        (subject.folder / "checkpoints" / "step-000008" / "progress.json").read_text()
+        (subject.folder / "checkpoints" / "step-000030" / "progress.json").read_text()
     )
     assert notes["progress"]["split"] == 2
 

@@ -15,6 +15,7 @@ import yaml
 from tests.programs import ROOT
 from toolkit.errors import ConfigError
 from toolkit.experiments import sweep as sweeps
+from toolkit.experiments.commands import main
 from toolkit.experiments.search import Search, suggest
 from toolkit.experiments.states import read_state
 
@@ -96,6 +97,32 @@ def test_a_killed_worker_loses_no_trial(tiny_flags: list[str], tmp_path: Path) -
     assert read_state(folders[0]).kind == "completed"
     [log] = (runs / "logs").iterdir()
     assert "Going on after step" in log.read_text()
+
+
+def test_two_workers_share_the_trials(tiny_flags: list[str], tmp_path: Path) -> None:
+    """Neither takes the other's trial for lost, and there are as many as were asked for."""
+    path = write(tmp_path, tiny_flags, lr=LR)
+    command = [sys.executable, "-m", "toolkit", "sweep", "run", str(path)]
+    command += ["--search=optuna", "--sampler=random", "--trials=3"]
+    settings = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    workers = [subprocess.Popen(command, env=settings, stdout=subprocess.PIPE) for _ in range(2)]
+    said = [worker.communicate(timeout=240)[0].decode() for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], said
+    states = [trial.state.name for trial in open_search(path).study.trials]
+    assert states == ["COMPLETE"] * 3
+    assert all("completed" in text for text in said), "each had one at least"
+    assert sum(text.count("  completed F1") for text in said) == 3
+
+
+def test_failing_runs_end_the_search(
+    tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [flag for flag in tiny_flags if not flag.startswith("--dataset")]
+    path = write(tmp_path, [*flags, f"--dataset={tmp_path / 'absent.csv'}"], lr=LR)
+    assert main(["run", str(path), "--search=optuna", "--trials=2"]) == 1
+    said = capsys.readouterr().out
+    assert said.count("failed data_error: ") == 2
+    assert "No trial is complete" in said
 
 
 def test_distributions() -> None:

@@ -69,7 +69,16 @@ def test_only_what_is_missing_is_submitted(
     assert main(["submit", *arguments, "--account=me"]) == 0
     assert "Submitted 4 of 4 runs as array 17" in capsys.readouterr().out
     assert "--array=0-3 --job-name=smoke" in (fake / "calls").read_text()
-    (fake / "queue").write_text("17|0|PENDING\n17|1|RUNNING\n")
+    script = f"{ROOT}/slurm/sweep.sbatch"
+    by_hand = f"slurm/sweep.sbatch configs/sweeps/smoke.yaml --output-dir {out}"
+    lines = [
+        f"0|/elsewhere|{script} {file} --output_dir={out}",
+        f"1|{ROOT}|{by_hand}",
+        f"2|{ROOT}|{by_hand}-2",
+        f"3|/elsewhere|{by_hand}",
+        f"N/A|{ROOT}|train.sbatch --head=v1",
+    ]
+    (fake / "queue").write_text("\n".join(lines) + "\n")
     assert main(["submit", *arguments]) == 0
     assert "--array=2-3 " in (fake / "calls").read_text()
     capsys.readouterr()

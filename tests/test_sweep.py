@@ -10,7 +10,8 @@ from tests.programs import ROOT, run_python
 from toolkit.config import parse
 from toolkit.errors import ConfigError
 from toolkit.experiments import sweep as sweeps
-from toolkit.experiments.commands import main, split_flags
+from toolkit.experiments.arguments import split_flags
+from toolkit.experiments.commands import main
 
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
 

@@ -8,8 +8,12 @@ judged by validation metrics; the test set is scored, and never looked at here.
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from toolkit.console import say
 from toolkit.errors import ConfigError
@@ -17,9 +21,12 @@ from toolkit.experiments import local
 from toolkit.experiments import sweep as sweeps
 from toolkit.experiments.states import read_state
 from toolkit.experiments.sweep import Run, Sweep
+from toolkit.files import lock
 from toolkit.record.journal import RunFolder
 
 POLL_SECONDS = 0.5
+FAILED = "failed"
+"""Attribute of a trial whose run failed by itself: it counts, unlike one whose worker was killed."""
 
 
 class Search:
@@ -32,52 +39,69 @@ class Search:
         self.under_way: tuple[Run, Any] | None = None
         fixed = {name: p["value"] for name, p in sweep.parameters.items() if "value" in p}
         self.folder = sweeps.make_run(sweep, 0, fixed, extra).folder.parent
+        self.name = f"search-{sweep.path.stem}"
         self.study = _open_study(sweep, self.folder, sampler, seed)
 
     def run(self, trials: int) -> bool:
-        """Run trials until so many are done by all workers; return whether they are."""
-        self._give_back_lost_trials()
+        """Run trials until all workers together have so many; return whether none has failed."""
         with local.forwarding(self):
-            while not self.stopping and self._done() < trials:
-                self._run_one()
-        return self._done() >= trials
+            while not self.stopping:
+                with self._next_trial(trials) as trial:
+                    if trial is None:
+                        break
+                    self._run_one(trial)
+        return not self.stopping and not any(map(_has_failed, self.study.trials))
 
-    def _done(self) -> int:
-        from optuna.trial import TrialState
+    @contextmanager
+    def _next_trial(self, trials: int) -> Iterator[Any]:
+        """Yield a trial that is this worker's as long as it lives; None if there are enough."""
+        with ExitStack() as stack:
+            trial = None
+            with lock(self.folder / self.name):
+                self._give_back_lost_trials()
+                if sum(map(_counts, self.study.trials)) < trials:
+                    trial = self.study.ask()
+                    stack.enter_context(self._mine(trial.number))
+            yield trial
 
-        return len(self.study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED)))
+    def _mine(self, number: int) -> FileLock:
+        """Return the lock that the worker of a trial holds; the kernel frees it if that dies."""
+        return FileLock(self.folder / f".{self.name}-{number}.lock", blocking=False)
 
     def _give_back_lost_trials(self) -> None:
         """Let trials whose worker was killed be done again: their runs go on where they were."""
         from optuna.trial import TrialState
 
         for trial in self.study.get_trials(states=(TrialState.RUNNING,)):
-            folder = self.folder / trial.user_attrs.get("run_id", "")
-            if read_state(folder).kind != "running":
+            with suppress(Timeout), self._mine(trial.number):
                 self.study.tell(trial.number, state=TrialState.FAIL)
                 self.study.enqueue_trial(trial.params)
 
-    def _run_one(self) -> None:
-        from optuna.trial import TrialState
-
-        trial = self.study.ask()
+    def _run_one(self, trial: Any) -> None:
         cell = {name: suggest(trial, name, p) for name, p in self.sweep.parameters.items()}
         run = sweeps.make_run(self.sweep, trial.number, cell, self.extra)
         trial.set_user_attr("run_id", run.run_id)
         say(f"[{trial.number}] {run.run_id}  {run.label}")
         pruned = self._watch(trial, run)
-        if self.stopping:
-            return  # the next start gives the trial back
+        if not self.stopping:  # else the next start gives the trial back
+            self._tell(trial, run, pruned)
+
+    def _tell(self, trial: Any, run: Run, pruned: bool) -> None:
+        """Tell Optuna and the user how a trial ended."""
+        from optuna.trial import TrialState
+
         values = [value for _, value in self._values(run)]
         best = (max if self.sweep.maximize else min)(values, default=None)
+        state = read_state(run.folder)
         if pruned:
             RunFolder(run.folder).set_status("stopped", message="its metric was not promising")
             self.study.tell(trial, state=TrialState.PRUNED)
-        elif best is None or read_state(run.folder).kind != "completed":
+        elif best is None or state.kind != "completed":
+            trial.set_user_attr(FAILED, state.describe())
             self.study.tell(trial, state=TrialState.FAIL)
         else:
             self.study.tell(trial, best)
-        outcome = "stopped early" if pruned else read_state(run.folder).kind
+        outcome = "stopped early" if pruned else f"{state.kind} {state.describe()}"
         say(f"[{trial.number}] {run.run_id}  {outcome}  {self.sweep.metric} {best}")
 
     def _watch(self, trial: Any, run: Run) -> bool:
@@ -122,10 +146,23 @@ class Search:
         if not self.study.get_trials(states=(TrialState.COMPLETE,)):
             return "No trial is complete."
         trial = self.study.best_trial
+        count = len(self.study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED)))
         return (
-            f"Best of {self._done()} by {self.sweep.metric}: {trial.value:.4f}, "
+            f"Best of {count} by {self.sweep.metric}: {trial.value:.4f}, "
             f"{trial.user_attrs['run_id']} {trial.params}"
         )
+
+
+def _counts(trial: Any) -> bool:
+    """Tell whether a trial is under way or over: not if it was lost, because it is done again."""
+    from optuna.trial import TrialState
+
+    states = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
+    return trial.state in states or _has_failed(trial)
+
+
+def _has_failed(trial: Any) -> bool:
+    return FAILED in trial.user_attrs
 
 
 def _open_study(sweep: Sweep, folder: Path, sampler: str, seed: int | None) -> Any:

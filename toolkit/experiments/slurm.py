@@ -5,32 +5,30 @@ The templates in `slurm/` do the work on the cluster; this asks `sbatch`, `squeu
 
 import os
 import re
+import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 from toolkit.errors import ToolkitError
+from toolkit.experiments.arguments import split_flags
 from toolkit.experiments.states import read_state
 from toolkit.experiments.sweep import ROOT, Run
-from toolkit.files import write_json
 
 TEMPLATE = ROOT / "slurm" / "sweep.sbatch"
-JOBS = ".jobs"
-"""Folder beside the run folders with one file for each submission."""
 
 
 class SlurmError(ToolkitError):
     """SLURM is not there, or refused."""
 
 
-def missing(runs: list[Run], folder: Path, retry_failed: bool) -> list[Run]:
+def missing(runs: list[Run], queued: Container[int], retry_failed: bool) -> list[Run]:
     """Return the runs that are neither complete, nor running, nor in the queue."""
-    waiting = {index for job in queue(folder).values() for index in job}
     found = []
     for run in runs:
         state = read_state(run.folder)
         open_ = state.is_open or (retry_failed and state.kind == "failed")
-        if open_ and run.index not in waiting:
+        if open_ and run.index not in queued:
             found.append(run)
     return found
 
@@ -43,14 +41,10 @@ def submit(
     Raises:
         SlurmError: when sbatch refuses.
     """
-    folder = runs[0].folder.parent
-    logs = folder / "logs"
+    logs = runs[0].folder.parent / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     command = sbatch_command(file, [run.index for run in runs], extra, options, throttle, logs)
-    job = _ask(command).split(";")[0].strip()
-    (folder / JOBS).mkdir(exist_ok=True)
-    write_json(folder / JOBS / f"{job}.json", {"file": str(file), "runs": [r.index for r in runs]})
-    return job
+    return _ask(command).split(";")[0].strip()
 
 
 def sbatch_command(
@@ -81,21 +75,37 @@ def ranges(indexes: Iterable[int]) -> str:
     return ",".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
 
 
-def queue(folder: Path) -> dict[str, dict[int, str]]:
-    """Return {job: {task: state}} of the submissions of a sweep that SLURM still knows.
+def queue(file: Path, extra: list[str]) -> set[int]:
+    """Return the tasks of a sweep in this user's queue, submitted by `submit` or by hand.
 
     Empty where there is no SLURM: then nothing can be waiting in it.
+
+    Raises:
+        SlurmError: when SLURM does not answer.
     """
-    jobs = sorted(path.stem for path in (folder / JOBS).glob("*.json"))
-    if not jobs:
-        return {}
-    command = ["squeue", "--noheader", "--array", "--format=%F|%K|%T", f"--jobs={','.join(jobs)}"]
-    found: dict[str, dict[int, str]] = {}
-    for line in _ask(command, quietly=True).splitlines():
-        job, task, state = line.split("|")
-        if task.isdigit():
-            found.setdefault(job, {})[int(task)] = state
+    if not shutil.which("squeue"):
+        return set()
+    command = ["squeue", "--me", "--noheader", "--array", "--format=%K|%Z|%o"]
+    found = set()
+    for line in _ask(command).splitlines():
+        task, _, rest = line.partition("|")
+        folder, _, asked = rest.partition("|")
+        if task.isdigit() and is_submission(asked, Path(folder), file, extra):
+            found.add(int(task))
     return found
+
+
+def is_submission(command: str, folder: Path, file: Path, extra: list[str]) -> bool:
+    """Tell whether a job's command, as SLURM shows it, is the array of this sweep with these flags.
+
+    SLURM joins the words with spaces, so one that has spaces itself can only be compared joined.
+    """
+    script, _, words = command.partition(f"{TEMPLATE.name} ")
+    named, _, flags = words.partition(" --")
+    same_file = Path(folder, named).resolve() == file.resolve()
+    asked = split_flags(f"--{flags}".split() if flags else [])
+    ours = split_flags(" ".join(extra).split())
+    return bool(script) and same_file and [sorted(x) for x in asked] == [sorted(x) for x in ours]
 
 
 def wants_requeue(folder: Path | None, asked: bool, restarts: int, max_requeues: int) -> bool:
@@ -119,7 +129,7 @@ def was_preempted() -> bool:
     over. One that has saved and ended in time would be done for good.
     """
     command = ["scontrol", "--oneliner", "show", "job", os.environ.get("SLURM_JOB_ID", "")]
-    found = re.search(r"\bPreemptTime=(\S+)", _ask(command, quietly=True))
+    found = re.search(r"\bPreemptTime=(\S+)", _ask(command))
     return found is not None and found[1] not in ("None", "Unknown")
 
 
@@ -133,16 +143,14 @@ def requeue() -> None:
     _ask(["scontrol", "requeue", f"{job}_{task}" if job else os.environ["SLURM_JOB_ID"]])
 
 
-def _ask(command: list[str], *, quietly: bool = False) -> str:
+def _ask(command: list[str]) -> str:
     """Run a program of SLURM's and return what it prints."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
-        if quietly:
-            return ""
         raise SlurmError(
             f"{command[0]} is not there: is this a login node of a cluster?"
         ) from error
-    if done.returncode and not quietly:
+    if done.returncode:
         raise SlurmError(f"{' '.join(command)} failed: {done.stderr.strip()}")
     return done.stdout

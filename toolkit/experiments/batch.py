@@ -1,0 +1,59 @@
+"""The commands that have to do with SLURM: submit an array, and what its tasks ask for."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from toolkit.console import say
+from toolkit.errors import ConfigError
+from toolkit.experiments import slurm
+from toolkit.experiments.arguments import parser, read
+
+
+def submit(argv: list[str]) -> int:
+    """Submit what is missing to SLURM, as one array; options of sbatch are passed on to it."""
+    made = parser("submit", submit.__doc__)
+    made.add_argument("--throttle", type=int, help="tasks at the same time")
+    made.add_argument("--retry_failed", action="store_true", help="submit failed runs again")
+    asked = read(made, argv, with_others=True)
+    runs = asked.runs()
+    queued = slurm.queue(asked.file, asked.extra)
+    todo = slurm.missing(runs, queued, asked.options.retry_failed)
+    if not todo:
+        say(f"Nothing is missing: all {len(runs)} runs are complete, failed, running or queued")
+        return 0
+    job = slurm.submit(asked.file, todo, asked.extra, asked.others, asked.options.throttle)
+    say(f"Submitted {len(todo)} of {len(runs)} runs as array {job}")
+    command = " ".join([str(asked.file), *asked.extra])
+    say(f"How it stands: python -m toolkit sweep status {command}")
+    return 0
+
+
+def task(argv: list[str]) -> int:
+    """Print a run's folder and flags, each ended by a zero byte: for sweep.sbatch."""
+    made = parser("task", task.__doc__)
+    made.add_argument("index", type=int, help="which run, from 0")
+    asked = read(made, argv)
+    runs, index = asked.runs(), asked.options.index
+    if not 0 <= index < len(runs):
+        raise ConfigError([f"run {index} of {len(runs)}: allowed are 0 to {len(runs) - 1}"])
+    run = runs[index]
+    sys.stdout.write("".join(f"{text}\0" for text in (str(run.folder), *run.flags)))
+    return 0
+
+
+def requeue(argv: list[str]) -> int:
+    """Queue this job again if its run was interrupted; 1 if not. For the templates in slurm/."""
+    made = argparse.ArgumentParser("toolkit sweep requeue", description=requeue.__doc__)
+    made.add_argument("folder", type=Path, nargs="?", help="run folder; absent: any run's")
+    made.add_argument("--asked", action="store_true", help="the scheduler had asked it to stop")
+    made.add_argument("--max_requeues", type=int, default=20, help="give up after so many")
+    options = made.parse_args(argv)
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    asked = options.asked or slurm.was_preempted()
+    if not slurm.wants_requeue(options.folder, asked, restarts, options.max_requeues):
+        return 1
+    say(f"Interrupted: queued again ({restarts + 1} of at most {options.max_requeues} times)")
+    slurm.requeue()
+    return 0
