@@ -125,6 +125,10 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 process.kill()
 
+    def node_of(self, job: str) -> str:
+        """Return the node that a job runs on."""
+        return self.ask("squeue", "-h", f"--jobs={job}", "-o", "%N").strip()
+
     def kill_node(self, node: str, pids: list[int]) -> None:
         """Let a node die: its daemon, and the processes that run there."""
         self.daemons[f"slurmd-{node}"].kill()

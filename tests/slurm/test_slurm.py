@@ -2,24 +2,24 @@
 
 import json
 import os
-import sys
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
 from tests.faults.harness import result_of
-from tests.programs import ROOT, run_python
+from tests.programs import ROOT
+from tests.slurm.bench import Bench
 from tests.slurm.cluster import Cluster, why_not
+from tests.wandb_server import ENTITY, PROJECT, serving
 
 pytestmark = pytest.mark.skipif(
     why_not() is not None and not os.environ.get("TOOLKIT_NEEDS_SLURM"), reason=str(why_not())
 )
-GRID = {"head": ["v1", "v2"], "seed": [0, 1]}
 
 
 @pytest.fixture(scope="module")
@@ -29,116 +29,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield started
 
 
-class Bench:
-    """A folder to submit from, with a sweep of tiny runs."""
-
-    def __init__(self, folder: Path, cluster: Cluster, encoder: Path, data: Path) -> None:
-        self.folder = folder
-        self.cluster = cluster
-        self.runs = folder / "runs"
-        self.file = folder / "tiny.yaml"
-        self.fixed: dict[str, Any] = {
-            "encoder": str(encoder),
-            "dataset": str(data),
-            "cache_dir": str(folder / "cache"),
-            "track": "none",
-            "max_length": 32,
-            "batch_size": 16,
-            "lr": 0.003,
-            "log_every": 1,
-            "cpu_threads": 1,
-            "epochs": 3,
-        }
-        self.flags = [f"--{name}={value}" for name, value in self.fixed.items()]
-        self.write(self.runs)
-
-    def write(self, output_dir: Path) -> None:
-        """Write the sweep file; its runs go to a folder."""
-        fixed = self.fixed | {"output_dir": str(output_dir)}
-        parameters: dict[str, Any] = {name: {"value": value} for name, value in fixed.items()}
-        parameters |= {name: {"values": values} for name, values in GRID.items()}
-        command = ["accelerate", "launch", "--config_file", str(ROOT / "launch" / "cpu.yaml")]
-        sweep = {
-            "program": str(ROOT / "toolkit" / "train.py"),
-            "method": "grid",
-            "command": [*command, "${program}", "${args}"],
-            "parameters": parameters,
-        }
-        self.file.write_text(yaml.safe_dump(sweep, sort_keys=False))
-
-    def sweep(self, *arguments: str, **environment: str) -> str:
-        """Run `python -m toolkit sweep ...`; return what it prints."""
-        path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        settings = self.cluster.environment | SETTINGS | path | environment
-        done = run_python(
-            "-m", "toolkit", "sweep", arguments[0], self.file, *arguments[1:], **settings
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    def train(self, *options: str, flags: list[str], **environment: str) -> str:
-        """Submit one run; return the job's id."""
-        command = ["sbatch", "--parsable", f"--output={self.folder}/%x_%j.out", *options]
-        script = str(ROOT / "slurm" / "train.sbatch")
-        return self.cluster.ask(
-            *command,
-            script,
-            *self.flags,
-            f"--output_dir={self.runs}",
-            *flags,
-            **(SETTINGS | environment),
-        ).strip()
-
-    def logs(self) -> str:
-        """Return all that jobs have printed."""
-        files = [*self.folder.glob("*.out"), *self.runs.glob("logs/*.out")]
-        return "\n".join(f"--- {file.name}\n{file.read_text()}" for file in files)
-
-    def wait(self, job: str, seconds: float = 120) -> None:
-        """Wait until a job has left the queue."""
-        ended = lambda: not self.states(job)  # noqa: E731
-        try:
-            self.cluster.wait_for(ended, seconds)
-        except AssertionError:
-            pytest.fail(f"{self.cluster.ask('squeue')}\n{self.logs()}")
-
-    def states(self, job: str) -> list[str]:
-        """Return the states of a job's tasks that are still in the queue."""
-        found = self.cluster.ask(
-            "squeue", "-h", "--array", f"--jobs={job}", "-o", "%T", check=False
-        )
-        return [state for state in found.split() if state != "COMPLETED"]
-
-    def run_folder(self, name: str) -> Path:
-        return self.runs / name
-
-    def status(self, name: str) -> dict[str, Any]:
-        return json.loads((self.run_folder(name) / "status.json").read_text())
-
-    def processes(self) -> list[int]:
-        """Return the processes of this bench's jobs."""
-        found = []
-        for process in psutil.process_iter(["cmdline"]):
-            words = " ".join(process.info["cmdline"] or [])
-            if str(self.folder) in words or "slurmstepd" in words:
-                found.append(process.pid)
-        return found
-
-    def has_restarted(self) -> bool:
-        """Tell whether a second start has taken the run over."""
-        return "Going on after step" in self.logs()
-
-    def has_logged(self, name: str, step: int) -> bool:
-        path = self.run_folder(name) / "metrics.jsonl"
-        return path.exists() and f'"step": {step},' in path.read_text()
-
-
-SETTINGS = {
-    "VENV": sys.prefix,
-    "TOOLKIT_ROOT": str(ROOT),
-    "ACCELERATE_USE_CPU": "true",
-    "WANDB_MODE": "offline",
-}
 LONG = ["--epochs=80", "--save_minutes=0.02", "--head=v3", "--dropout=0.2"]
 
 
@@ -209,7 +99,7 @@ def hurt_requeue(bench: Bench, job: str) -> None:
 
 def hurt_node(bench: Bench, job: str) -> None:
     """The node dies with all that runs on it; SLURM notices after SlurmdTimeout."""
-    node = bench.cluster.ask("squeue", "-h", f"--jobs={job}", "-o", "%N").strip()
+    node = bench.cluster.node_of(job)
     bench.cluster.kill_node(node, bench.processes())
     bench.cluster.wait_for(lambda: bench.has_restarted(), 120)
     bench.cluster.start_node(node)
@@ -250,11 +140,88 @@ def test_requeues_are_capped_and_cancelled_runs_stay_so(bench: Bench) -> None:
     assert bench.status("long")["status"] == "preempted", bench.logs()
 
 
-def test_failed_tasks_are_retried_when_told(bench: Bench) -> None:
-    """All four crash once; `submit --retry_failed` starts them again, and each goes on."""
-    bench.sweep("submit", "--cpus-per-task=1", TOOLKIT_FAULT="raise@optimizer:0:7")
-    bench.cluster.wait_for(lambda: bench.sweep("status").count("crashed") == 4, 120)
+def test_a_failed_task_is_retried_alone(bench: Bench) -> None:
+    """Submitted by hand, and it crashes; `submit` leaves it alone, until `--retry_failed`."""
+    fault = {"TOOLKIT_FAULT": "raise@optimizer:0:7"}
+    job = bench.by_hand("--array=2", "--begin=now+5", **fault)
+    assert "3 waiting, 1 queued" in bench.sweep("status")
+    bench.wait(job)
+    assert "crashed" in bench.sweep("status").splitlines()[2]
+    said = bench.sweep("submit", "--cpus-per-task=1")
+    assert "Submitted 3 of 4" in said
+    bench.wait(said.split("array ")[1].split()[0])
+    assert "3 completed, 1 failed" in bench.sweep("status"), bench.logs()
     said = bench.sweep("submit", "--retry_failed", "--cpus-per-task=1")
-    assert "Submitted 4 of 4" in said
+    assert "Submitted 1 of 4" in said
     bench.wait(said.split("array ")[1].split()[0])
     assert "4 completed" in bench.sweep("status"), bench.logs()
+    assert bench.logs().count("Going on after step 0") == 0
+
+
+def test_a_daemon_that_dies_and_comes_back(bench: Bench, uninterrupted: dict[str, Any]) -> None:
+    """The run does not notice."""
+    job = bench.train("--cpus-per-task=1", "--time=10", flags=[*LONG, "--run_id=long"])
+    bench.cluster.wait_for(lambda: bench.has_logged("long", 20))
+    node = bench.cluster.node_of(job)
+    bench.cluster.kill_node(node, [])
+    time.sleep(2)
+    bench.cluster.start_node(node)
+    bench.wait(job, 240)
+    assert bench.status("long")["status"] == "completed", bench.logs()
+    assert not bench.has_restarted()
+    assert result_of(bench.run_folder("long")) == uninterrupted
+
+
+HOSTILE = "a b;touch MARK $(touch MARK) `touch MARK` '\" | > MARK * ${HOME} %s \\ é"
+KEYS = {"WANDB_API_KEY": "c7" * 20, "HF_TOKEN": "hf_canaryCANARYcanary"}
+
+
+def test_hostile_values_and_secrets(bench: Bench, tiny_data: Path) -> None:
+    """Values reach the trainer as they are and no shell; keys are in no log, script or run folder."""
+    data = bench.folder / HOSTILE
+    shutil.copytree(tiny_data, data)
+    bench.fixed |= {"dataset": str(data), "experiment": HOSTILE, "track": "wandb"}
+    bench.write(bench.runs)
+    extra = ["--wandb.group=x;touch MARK", "--wandb.project=$(touch MARK)"]
+    said = bench.sweep("submit", "--array=0", "--chdir", str(bench.folder), *extra, **KEYS)
+    job = said.split("array ")[1].split()[0]
+    assert "queued" in bench.sweep("status", *extra)
+    bench.wait(job)
+    assert "1 completed" in bench.sweep("status", *extra), bench.logs()
+    [summary] = bench.runs.glob("*/summary.json")
+    settings = yaml.safe_load((summary.parent / "config.yaml").read_text())
+    assert (settings["experiment"], settings["dataset"]) == (HOSTILE, str(data))
+    assert not list(bench.folder.rglob("MARK"))
+    files = [path for path in bench.folder.rglob("*") if path.is_file()]
+    assert len(files) > 20
+    assert any(path.suffix == ".wandb" for path in files)
+    for path in files:
+        assert not any(key.encode() in path.read_bytes() for key in KEYS.values()), path
+
+
+def test_agents(bench: Bench) -> None:
+    """Two agents of an array; one is asked to stop, queues again, and the run goes on."""
+    with serving() as (server, url):
+        cells = [{"head": head, "epochs": 40} for head in ("v1", "v3")]
+        flags = [flag for flag in bench.flags if "epochs" not in flag and "track" not in flag]
+        launch = ["accelerate", "launch", "--config_file", str(ROOT / "launch" / "cpu2.yaml")]
+        command = [*launch, "${program}", *flags, f"--output_dir={bench.runs}", "${args}"]
+        content = {"program": str(ROOT / "toolkit" / "train.py"), "command": command}
+        sweep = server.add_sweep(content | {"method": "grid", "parameters": {}}, cells)
+        key = {"WANDB_MODE": "online", "WANDB_BASE_URL": url, "WANDB_API_KEY": "c7" * 20}
+        job = bench.agents(f"{ENTITY}/{PROJECT}/{sweep}", "--array=1-2", **key)
+        journals = lambda: [*bench.runs.glob("*/metrics.jsonl")]  # noqa: E731
+        has_begun = lambda: any('"step": 20,' in p.read_text() for p in journals())  # noqa: E731
+        bench.cluster.wait_for(has_begun)
+        bench.cluster.ask("scancel", "--batch", "--signal=USR2", f"{job}_1")
+        bench.wait(job, 240)
+        runs = list(server.runs.values())
+    assert [run.state for run in runs] == ["finished"] * 2, bench.logs()
+    assert sorted(run.starts for run in runs) == [1, 2]
+    assert bench.logs().count("Interrupted: queued again (1 of at most 20 times)") == 1
+    assert bench.logs().count("Going on after step") == 1
+    for journal in journals():
+        rows = [json.loads(line) for line in journal.read_text().splitlines()]
+        steps = [row["step"] for row in rows if row["kind"] == "train"]
+        assert steps == [*range(1, len(steps) + 1)]
+    assert "c7" * 20 not in bench.logs()
