@@ -6,6 +6,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${VENV:-$root/.venv}
 
 "$root/launch/install.sh" dev
+# W&B's own sweep engine, to hold ours against; it asks for an old numpy that it can do without
+"$venv/bin/python" -m pip install --quiet --no-deps --constraint "$root/constraints.txt" sweeps
 cd "$root"
 "$venv/bin/ruff" format --check .
 "$venv/bin/ruff" check .
