@@ -13,6 +13,7 @@ import yaml
 
 from tests.programs import ROOT
 from toolkit.experiments.commands import main
+from toolkit.experiments.local import Place, gpus, places
 from toolkit.experiments.states import read_state
 
 
@@ -95,3 +96,34 @@ def test_a_command_that_is_not_there(
     path = write(tmp_path, tiny_flags, ["acelerate", *PYTHON[1:]], seed=[1])
     assert main(["run", str(path)]) == 2
     assert "'acelerate'" in capsys.readouterr().err
+
+
+def test_runs_at_the_same_time_share_out_cores_and_gpus() -> None:
+    two = places([4, 5, 6], ["0", "1", "2", "3"], 2)
+    assert two == [Place([4, 6], ["0", "2"]), Place([5], ["1", "3"])]
+    assert two[1].environment() == {"CUDA_VISIBLE_DEVICES": "1,3"}
+    crowded = places([7], ["GPU-a", "GPU-b"], 3)
+    assert [(place.cores, place.gpus) for place in crowded] == [
+        ([7], ["GPU-a"]),
+        ([7], ["GPU-b"]),
+        ([7], ["GPU-a"]),
+    ]
+    assert places([0], [], 1)[0].environment() == {}, "what the user has set stays"
+
+
+def test_gpus_are_those_that_the_user_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'GPU 0: H100 (UUID: x)'; echo 'GPU 1: H100 (UUID: y)'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-x,3")
+    assert gpus() == ["GPU-x", "3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpus() == []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    program.write_text("#!/bin/sh\necho no driver >&2; exit 9\n")
+    assert gpus() == []

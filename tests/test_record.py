@@ -9,7 +9,7 @@ import pytest
 
 from toolkit.files import publish_folder, write_json
 from toolkit.record.journal import RunFolder
-from toolkit.record.tracking import Tracker, wandb_limits, wandb_mode, wandb_settings
+from toolkit.record.tracking import Tracker, wandb_arguments, wandb_mode
 
 OPTIONS = {"project": "p", "entity": None, "group": "g", "tags": ["t"]}
 
@@ -96,14 +96,14 @@ def test_online_with_a_key_else_offline(
 def test_settings_come_from_our_config_and_wandb_variables_win(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = wandb_settings(OPTIONS, "v2-abc", tmp_path)
+    settings = wandb_arguments(OPTIONS, "v2-abc", tmp_path)
     assert (settings["id"], settings["group"], settings["tags"]) == ("v2-abc", "g", ["t"])
     monkeypatch.setenv("WANDB_RUN_GROUP", "other")
-    assert wandb_settings(OPTIONS, "v2-abc", tmp_path)["group"] == "other"
+    assert wandb_arguments(OPTIONS, "v2-abc", tmp_path)["group"] == "other"
     monkeypatch.setenv("WANDB_RUN_ID", "agents")
-    assert wandb_settings(OPTIONS, "v2-abc", tmp_path)["id"] == "v2-abc", "no sweep"
+    assert wandb_arguments(OPTIONS, "v2-abc", tmp_path)["id"] == "v2-abc", "no sweep"
     monkeypatch.setenv("WANDB_SWEEP_ID", "s")
-    settings = wandb_settings(OPTIONS, "v2-abc", tmp_path)
+    settings = wandb_arguments(OPTIONS, "v2-abc", tmp_path)
     assert (settings["id"], settings["name"]) == ("agents", "v2-abc")
 
 
@@ -140,8 +140,8 @@ def test_real_wandb_offline(tmp_path: Path) -> None:
     from toolkit.engine.runtime import Runtime
 
     runtime = Runtime("fp32", 1)
-    settings = wandb_settings(OPTIONS, "v2-abc", tmp_path)
-    tracker = Tracker(lambda: runtime.start_wandb("p", settings, wandb_limits(), {"lr": 0.1}))
+    settings = wandb_arguments(OPTIONS, "v2-abc", tmp_path)
+    tracker = Tracker(lambda: runtime.start_wandb(settings, {"lr": 0.1}))
     assert tracker.backend is not None
     tracker.log(1, {"train/loss": 0.5})
     tracker.finish()

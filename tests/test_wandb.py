@@ -116,6 +116,33 @@ def _figures(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.startswith("_")} for row in found]
 
 
+def test_offline_runs_are_sent_later(bench: Bench) -> None:
+    """`sweep sync`, twice: the second finds nothing new; without a server it says so and keeps all."""
+    offline = bench.environment | {"WANDB_MODE": "offline"}
+    done = run_python(TRAIN, *bench.flags, "--epochs=2", "--run_id=x", **offline)
+    assert done.returncode == 0, done.stderr
+    sync = ("-m", "toolkit", "sweep", "sync", bench.runs)
+    online = {name: text for name, text in bench.environment.items() if name != "WANDB_MODE"}
+    online |= {"PYTHONPATH": str(ROOT)}
+    assert not bench.server.runs
+    done = run_python(*sync, **(online | {"WANDB_BASE_URL": "http://127.0.0.1:9"}))
+    assert done.returncode == 2
+    assert "W&B: 127.0.0.1 does not answer (Connection refused)" in done.stderr
+    for _ in range(2):
+        done = run_python(*sync, **online)
+        assert done.returncode == 0, done.stdout + done.stderr
+    [run] = bench.server.runs.values()
+    assert run.name == "x"
+    assert run.starts == 1
+    kept = rows(bench.runs / "x")
+    sent = [row["global_step"] for row in run.rows if "train/loss" in row]
+    assert sent == [row["step"] for row in kept if row["kind"] == "train"]
+    assert any("test/f1" in row for row in run.rows)
+    (bench.folder / "empty").mkdir()
+    done = run_python("-m", "toolkit", "sweep", "sync", bench.folder / "empty", **online)
+    assert "No offline runs there" in done.stdout
+
+
 def test_a_run_that_is_stopped_early_is_not_started_again(bench: Bench) -> None:
     cell = {"head": "v2", "lr": 0.003, "epochs": 2000}
     process = bench.agent(bench.sweep(cell), count=2)

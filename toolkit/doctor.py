@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,12 +21,12 @@ from urllib.parse import urlparse
 
 from toolkit.config import RunConfig, cache_dir
 from toolkit.console import complain, say
-from toolkit.record.tracking import wandb_mode
+from toolkit.network import why_unreachable
+from toolkit.record.tracking import wandb_mode, wandb_url
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("torch", "transformers", "accelerate", "datasets", "safetensors", "wandb", "numpy")
 LOW_DISK_GB, NO_DISK_GB = 10, 1
-CONNECT_SECONDS = 5
 HELLO_SECONDS = 300
 """The first start under DeepSpeed on a CPU compiles its communication, which takes half a minute."""
 
@@ -224,8 +223,7 @@ def weights_and_biases() -> Iterator[Finding]:
         )
         yield Finding("ok", f"W&B: {mode}{hint}")
         return
-    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    yield _reach("W&B", url, "runs train on; WANDB_MODE=offline says so at once")
+    yield _reach("W&B", wandb_url(), "runs train on; WANDB_MODE=offline says so at once")
 
 
 def hub() -> Iterator[Finding]:
@@ -240,11 +238,7 @@ def hub() -> Iterator[Finding]:
 
 
 def _reach(name: str, url: str, hint: str) -> Finding:
-    parts = urlparse(url)
-    port = parts.port or (80 if parts.scheme == "http" else 443)
-    try:
-        socket.create_connection((parts.hostname or "", port), CONNECT_SECONDS).close()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        return Finding("warning", f"{name}: {parts.hostname} does not answer ({reason}); {hint}")
-    return Finding("ok", f"{name}: {parts.hostname} answers")
+    reason = why_unreachable(url)
+    if reason:
+        return Finding("warning", f"{name}: {reason}; {hint}")
+    return Finding("ok", f"{name}: {urlparse(url).hostname} answers")

@@ -37,13 +37,7 @@ from toolkit.record.journal import RunFolder
 from toolkit.record.metrics import as_record, table
 from toolkit.record.progress import TrainingProgress
 from toolkit.record.provenance import provenance
-from toolkit.record.tracking import (
-    Tracker,
-    is_agents_run,
-    wandb_limits,
-    wandb_project,
-    wandb_settings,
-)
+from toolkit.record.tracking import Tracker, is_agents_run, wandb_arguments
 from toolkit.redact import redact_values
 from toolkit.saving import Saving
 from toolkit.stop import Stop
@@ -251,12 +245,9 @@ class Run:
             return
         self.folder.begin(config.to_yaml(), facts)
         if config.track == "wandb":
-            options = asdict(config.wandb)
-            settings = wandb_settings(options, str(config.run_id), self.folder.path)
-            shown = redact_values(config.identity())
-            self.tracker = Tracker(
-                lambda: runtime.start_wandb(wandb_project(options), settings, wandb_limits(), shown)
-            )
+            place = asdict(config.wandb), str(config.run_id), self.folder.path
+            arguments, shown = wandb_arguments(*place), redact_values(config.identity())
+            self.tracker = Tracker(lambda: runtime.start_wandb(arguments, shown))
         self.say(
             f"Training on {runtime.world_size} x {facts['device']} ({facts['distributed_type']}), "
             f"{facts['batching']}; run folder: {self.folder.path}"

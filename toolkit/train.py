@@ -33,7 +33,7 @@ from toolkit.prepare import prepare_data
 from toolkit.record.checkpoints import Origin, choose, differences
 from toolkit.record.journal import RunFolder
 from toolkit.record.metrics import table
-from toolkit.record.tracking import is_agents_run, replay, wandb_project, wandb_settings
+from toolkit.record.tracking import is_agents_run, replay, wandb_arguments
 from toolkit.redact import redact_values
 from toolkit.stop import Stop
 
@@ -155,10 +155,9 @@ def show_result(config: RunConfig, tokens: TokenCache, folder: RunFolder, turn: 
         )
     if turn.is_main:
         if config.track == "wandb" and is_agents_run():
-            options = dataclasses.asdict(config.wandb)
-            settings = wandb_settings(options, str(config.run_id), folder.path)
+            place = dataclasses.asdict(config.wandb), str(config.run_id), folder.path
             shown = redact_values(config.identity())
-            replay(folder.path / "metrics.jsonl", wandb_project(options), settings, shown)
+            replay(folder.path / "metrics.jsonl", wandb_arguments(*place), shown)
         say(table(summary["test"], "test"))
         say(f"run folder: {folder.path}\nThis run is complete. To train it again: --overwrite")
     return 0

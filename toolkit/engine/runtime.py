@@ -268,21 +268,14 @@ class Runtime:
         """Return every rank's value, by rank, on all of them."""
         return gather_object([value]) if self.world_size > 1 else [value]
 
-    def start_wandb(
-        self,
-        project: str,
-        settings: dict[str, Any],
-        limits: dict[str, Any],
-        config: dict[str, Any],
-    ) -> Any:
+    def start_wandb(self, arguments: dict[str, Any], config: dict[str, Any]) -> Any:
         """Start Accelerate's W&B tracker; on the main process only.
 
         Raises:
             Exception: whatever wandb raises, ImportError included.
         """
-        import wandb
-
-        tracker = WandBTracker(project, settings=wandb.Settings(**limits), **settings)
+        others = {name: value for name, value in arguments.items() if name != "project"}
+        tracker = WandBTracker(arguments["project"], **others)
         tracker.start()
         tracker.store_init_configuration(config)
         tracker.run.define_metric("*", step_metric="global_step")

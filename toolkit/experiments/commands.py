@@ -12,6 +12,7 @@ the same ones to every command, because they are part of the runs' ids.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -22,6 +23,8 @@ from toolkit.console import complain, say
 from toolkit.errors import ConfigError, ToolkitError
 from toolkit.experiments import batch, slurm
 from toolkit.experiments.arguments import Request, parser, read
+from toolkit.network import why_unreachable
+from toolkit.record.tracking import has_wandb_key, wandb_url
 
 
 def main(argv: list[str]) -> int:
@@ -118,7 +121,14 @@ def sync(argv: list[str]) -> int:
     if not kept:
         say("No offline runs there.")
         return 0
-    return subprocess.run([sys.executable, "-m", "wandb", "sync", *map(str, kept)]).returncode
+    # wandb itself would ask for a key, and try for hours to reach the server
+    problems = [] if has_wandb_key() else ["no key: `wandb login`, or set WANDB_API_KEY"]
+    problems += [reason] if (reason := why_unreachable(wandb_url())) else []
+    if problems:
+        raise ConfigError([f"W&B: {problem}" for problem in problems])
+    environment = {name: text for name, text in os.environ.items() if name != "WANDB_MODE"}
+    command = [sys.executable, "-m", "wandb", "sync", *map(str, kept)]
+    return subprocess.run(command, env=environment).returncode
 
 
 def status(argv: list[str]) -> int:

@@ -1,6 +1,7 @@
 """Run a sweep on this machine: what is missing, one after another or some at a time."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,15 +10,17 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from toolkit.console import say
 from toolkit.errors import ConfigError
 from toolkit.experiments.states import read_state
 from toolkit.experiments.sweep import Run
 
+Thing = TypeVar("Thing")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
@@ -29,7 +32,7 @@ class LocalRunner:
         self.jobs = jobs
         self.stopping = False
         self._alive: dict[str, tuple[Run, subprocess.Popen[bytes]]] = {}
-        self._cores = _shares(sorted(os.sched_getaffinity(0)), jobs)
+        self._places = places(sorted(os.sched_getaffinity(0)), gpus(), jobs)
         self._lock = threading.Lock()
 
     def run(self, retry_failed: bool) -> bool:
@@ -49,17 +52,17 @@ class LocalRunner:
         started = time.monotonic()
         say(f"[{run.index}] {run.run_id}  {run.label}")
         with self._lock:
-            cores = self._cores.pop()
-        process = start(run)
+            place = self._places.pop()
+        process = start(run, **place.environment())
         with suppress(ProcessLookupError):  # it may have failed at once
-            os.sched_setaffinity(process.pid, cores)  # a trainer takes all cores it may use
+            os.sched_setaffinity(process.pid, place.cores)  # a trainer takes all cores it may use
         self._alive[run.run_id] = run, process
         if self.stopping:  # asked in between
             ask_to_stop(run)
         code = process.wait()
         del self._alive[run.run_id]
         with self._lock:
-            self._cores.append(cores)
+            self._places.append(place)
         self._report(run, code, time.monotonic() - started)
 
     def _report(self, run: Run, code: int, seconds: float) -> None:
@@ -81,7 +84,7 @@ class LocalRunner:
             process.terminate()
 
 
-def start(run: Run) -> "subprocess.Popen[bytes]":
+def start(run: Run, **environment: str) -> "subprocess.Popen[bytes]":
     """Start a run in a session of its own: a Ctrl-C reaches it once, through us.
 
     Raises:
@@ -100,7 +103,7 @@ def start(run: Run) -> "subprocess.Popen[bytes]":
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env=os.environ | settings,
+                env=os.environ | settings | environment,
             )
     except FileNotFoundError as error:
         raise ConfigError([f"the sweep's command starts {run.command[0]!r}: {error}"]) from error
@@ -125,11 +128,38 @@ def _is_to_do(run: Run, retry_failed: bool) -> bool:
     return state.is_open or (retry_failed and state.kind == "failed")
 
 
-def _shares(cores: list[int], jobs: int) -> list[set[int]]:
-    """Deal the cores among jobs that run at the same time; more jobs than cores share them."""
-    return [
-        set(cores[job % len(cores) :: jobs]) or {cores[job % len(cores)]} for job in range(jobs)
-    ]
+@dataclass(frozen=True)
+class Place:
+    """Where one of several runs at the same time goes."""
+
+    cores: list[int]
+    gpus: list[str]
+    """As CUDA_VISIBLE_DEVICES names them; empty: there are none."""
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables that keep a run to its GPUs."""
+        return {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self.gpus else {}
+
+
+def places(cores: list[int], gpus: list[str], jobs: int) -> list[Place]:
+    """Deal cores and GPUs among jobs that run at the same time; more jobs than those share them."""
+    return [Place(_share(cores, job, jobs), _share(gpus, job, jobs)) for job in range(jobs)]
+
+
+def _share(things: list[Thing], job: int, jobs: int) -> list[Thing]:
+    return things[job::jobs] or things[job % len(things) :][:1] if things else []
+
+
+def gpus() -> list[str]:
+    """Return the GPUs that runs may use, by the driver's own program: torch is not imported here."""
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if allowed is not None:
+        return [name for name in allowed.split(",") if name]
+    if not shutil.which("nvidia-smi"):
+        return []
+    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
+    lines = listed.stdout.splitlines() if listed.returncode == 0 else []
+    return [str(number) for number, line in enumerate(lines) if line.startswith("GPU ")]
 
 
 class Stoppable(Protocol):

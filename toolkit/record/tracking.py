@@ -55,7 +55,7 @@ class Tracker:
             return None
 
 
-def replay(journal: Path, project: str, settings: dict[str, Any], config: dict[str, Any]) -> None:
+def replay(journal: Path, arguments: dict[str, Any], config: dict[str, Any]) -> None:
     """Send what a completed run has in its journal to a new W&B run.
 
     A sweep that is made anew has new runs, and the same settings are the same run here: it is not
@@ -64,9 +64,7 @@ def replay(journal: Path, project: str, settings: dict[str, Any], config: dict[s
     try:
         import wandb
 
-        run = wandb.init(
-            project=project, config=config, settings=wandb.Settings(**wandb_limits()), **settings
-        )
+        run = wandb.init(config=config, **arguments)
         run.define_metric("*", step_metric="global_step")
         for line in journal.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
@@ -77,14 +75,10 @@ def replay(journal: Path, project: str, settings: dict[str, Any], config: dict[s
         complain(f"W&B failed: {type(error).__name__}: {error}")
 
 
-def wandb_limits() -> dict[str, Any]:
-    """Return the settings that keep W&B from holding up a run, and quiet."""
-    return {"init_timeout": 15, "finish_timeout": 25, "console": "off", "quiet": True}
-
-
-def wandb_settings(options: dict[str, Any], run_id: str, folder: Path) -> dict[str, Any]:
-    """Return the arguments of `wandb.init`, those of its variables that name places taking precedence."""
+def wandb_arguments(options: dict[str, Any], run_id: str, folder: Path) -> dict[str, Any]:
+    """Return the arguments of `wandb.init`, its own variables that name places taking precedence."""
     return {
+        "project": os.environ.get("WANDB_PROJECT") or options["project"],
         "entity": os.environ.get("WANDB_ENTITY") or options["entity"],
         "group": os.environ.get("WANDB_RUN_GROUP") or options["group"],
         "tags": options["tags"],
@@ -93,6 +87,8 @@ def wandb_settings(options: dict[str, Any], run_id: str, folder: Path) -> dict[s
         "resume": "allow",
         "dir": str(folder),
         "mode": wandb_mode(),
+        # what keeps it from holding up a run, and quiet
+        "settings": {"init_timeout": 15, "finish_timeout": 25, "console": "off", "quiet": True},
     }
 
 
@@ -106,24 +102,22 @@ def _agent_run_id() -> str | None:
     return os.environ.get("WANDB_RUN_ID") if is_agents_run() else None
 
 
-def wandb_project(options: dict[str, Any]) -> str:
-    """Return the project to log to."""
-    return os.environ.get("WANDB_PROJECT") or options["project"]
-
-
 def wandb_mode() -> str:
     """Return "online" when there is a key, else "offline": never a prompt."""
-    if os.environ.get("WANDB_MODE"):
-        return os.environ["WANDB_MODE"]
-    return "online" if os.environ.get("WANDB_API_KEY") or _key_in_netrc() else "offline"
+    return os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
 
 
-def _key_in_netrc() -> bool:
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+def wandb_url() -> str:
+    """Return the address of W&B's server."""
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+
+
+def has_wandb_key() -> bool:
+    """Tell whether there is a key for W&B's server, in the environment or in ~/.netrc."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(wandb_url()).hostname
     try:
-        return (
-            bool(host)
-            and netrc.netrc(os.environ.get("NETRC")).authenticators(str(host)) is not None
-        )
+        return bool(host and netrc.netrc(os.environ.get("NETRC")).authenticators(host))
     except (OSError, netrc.NetrcParseError):
         return False

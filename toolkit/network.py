@@ -1,0 +1,17 @@
+"""Whether a server answers at all, asked before something waits for it for long."""
+
+import socket
+from urllib.parse import urlparse
+
+CONNECT_SECONDS = 5.0
+
+
+def why_unreachable(url: str) -> str | None:
+    """Return why the host of an address does not answer, or None if it does."""
+    parts = urlparse(url)
+    port = parts.port or (80 if parts.scheme == "http" else 443)
+    try:
+        socket.create_connection((parts.hostname or "", port), CONNECT_SECONDS).close()
+    except OSError as error:
+        return f"{parts.hostname} does not answer ({error.strerror or error})"
+    return None
