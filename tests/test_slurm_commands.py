@@ -9,35 +9,13 @@ import pytest
 from tests.programs import ROOT
 from toolkit.experiments import slurm
 from toolkit.experiments.commands import main
+from toolkit.experiments.sweep import load, runs
 
 
 def test_ranges() -> None:
     assert slurm.ranges([0, 1, 2, 3]) == "0-3"
     assert slurm.ranges([7, 1, 0, 3, 4]) == "0-1,3-4,7"
     assert slurm.ranges([5]) == "5"
-
-
-def test_the_command_line_of_a_submission(tmp_path: Path) -> None:
-    command = slurm.sbatch_command(
-        Path("configs/sweeps/heads.yaml"),
-        [0, 1, 2, 5],
-        ["--dataset=x"],
-        ["--account", "me"],
-        8,
-        tmp_path,
-    )
-    assert command == [
-        "sbatch",
-        "--parsable",
-        "--array=0-2,5%8",
-        "--job-name=heads",
-        f"--output={tmp_path}/%x_%A_%a.out",
-        "--account",
-        "me",
-        str(ROOT / "slurm" / "sweep.sbatch"),
-        "configs/sweeps/heads.yaml",
-        "--dataset=x",
-    ]
 
 
 @pytest.fixture
@@ -59,29 +37,63 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+SWEEP = ROOT / "configs" / "sweeps" / "smoke.yaml"
+
+
+def test_the_command_line_of_a_submission(
+    fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From another folder; what tasks will read is written down, flags and all."""
+    monkeypatch.chdir(tmp_path)
+    (fake / "sbatch").write_text(
+        f'#!/bin/sh\nprintf "%s\\n" "$TOOLKIT_ROOT" "$@" > {fake}/calls\necho "17;cluster"\n'
+    )
+    extra = ["--output_dir=out", "--wandb.group=a b"]
+    assert main(["submit", str(SWEEP), "--throttle=8", "--account", "me", *extra]) == 0
+    [frozen] = (tmp_path / "out" / ".submitted").iterdir()
+    assert (fake / "calls").read_text().splitlines() == [
+        str(ROOT),
+        "--parsable",
+        "--array=0-3%8",
+        "--job-name=smoke",
+        f"--output={tmp_path}/out/logs/%x_%A_%a.out",
+        "--account",
+        "me",
+        str(ROOT / "slurm" / "sweep.sbatch"),
+        str(frozen),
+    ]
+    ours, theirs = runs(load(SWEEP), extra), runs(load(frozen), [])
+    assert [run.config for run in ours] == [run.config for run in theirs]
+    assert theirs[0].config.wandb.group == "a b"
+
+
 def test_only_what_is_missing_is_submitted(
     fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whoever put it into the queue; another sweep's tasks do not count, however they are numbered."""
     monkeypatch.chdir(ROOT)
-    file = str(ROOT / "configs" / "sweeps" / "smoke.yaml")
     out = tmp_path / "runs"
-    arguments = [file, f"--output_dir={out}"]
-    assert main(["submit", *arguments, "--account=me"]) == 0
+    arguments = [str(SWEEP), f"--output_dir={out}"]
+    assert main(["submit", *arguments]) == 0
     assert "Submitted 4 of 4 runs as array 17" in capsys.readouterr().out
-    assert "--array=0-3 --job-name=smoke" in (fake / "calls").read_text()
     script = f"{ROOT}/slurm/sweep.sbatch"
+    [frozen] = (out / ".submitted").iterdir()
+    other = tmp_path / "other.yaml"
+    other.write_text(SWEEP.read_text().replace("2.0e-5", "3.0e-5"))
     by_hand = f"slurm/sweep.sbatch configs/sweeps/smoke.yaml --output-dir {out}"
     lines = [
-        f"0|/elsewhere|{script} {file} --output_dir={out}",
+        f"0|/elsewhere|{script} {frozen}",
         f"1|{ROOT}|{by_hand}",
         f"2|{ROOT}|{by_hand}-2",
+        f"2|{ROOT}|{script} {other} --output_dir={out}",
         f"3|/elsewhere|{by_hand}",
-        f"N/A|{ROOT}|train.sbatch --head=v1",
+        f"N/A|{ROOT}|{ROOT}/slurm/train.sbatch --head=v1",
     ]
     (fake / "queue").write_text("\n".join(lines) + "\n")
     assert main(["submit", *arguments]) == 0
     assert "--array=2-3 " in (fake / "calls").read_text()
-    capsys.readouterr()
+    shown = capsys.readouterr()
+    assert "tasks in the queue that are not understood" in shown.err, "/elsewhere has no such file"
     assert main(["status", *arguments]) == 0
     said = capsys.readouterr().out
     assert said.count(" queued ") == 2
@@ -111,8 +123,8 @@ def test_a_refusal_of_sbatch_is_shown(
         ({"status": "completed"}, True, 0, False),
         ({"status": "diverged"}, True, 0, False),
         ({"status": "crashed"}, True, 0, False),
-        ({"status": "oom", "split": 2}, False, 0, True),
-        ({"status": "oom", "split": 1}, False, 0, False),
+        ({"status": "oom", "split": 2, "smaller_helps": True}, False, 0, True),
+        ({"status": "oom", "split": 16, "smaller_helps": False}, False, 0, False),
         ({}, True, 0, True),
     ],
 )

@@ -58,6 +58,7 @@ def test_a_run_from_start_to_end(tiny_flags: list[str], processes: int) -> None:
     assert {row["eval/n"] for row in lines(folder, "eval")} == {12}, "validation picks the best"
     [test] = lines(folder, "test")
     assert test["test/n"] == 41
+    assert test["test/reviews_per_s"] > 0
     last = lines(folder, "train")[-1]
     assert {"train/loss", "train/lr", "train/grad_norm_preclip", "train/reviews_per_s"} < set(last)
     assert last["train/padding"] == 0

@@ -146,8 +146,9 @@ class Run:
         text = f"{place}: {type(error).__name__}: {error}"
         if self.runtime.world_size > 1 and _is_about_others(error):
             text += f"\n{self.watchdog.find_lost()}"
-        split = self.progress.split * (2 if self._smaller_helps(error) else 1)
-        self.folder.record_crash(_status(error), message=text, split=split)
+        again = self._smaller_helps(error)
+        split = self.progress.split * (2 if again else 1)
+        self.folder.record_crash(_status(error), message=text, split=split, smaller_helps=again)
         complain(f"{traceback.format_exc()}error in {text}{self._advice(error)}")
         self.tracker.finish(exit_code=1)
         return 1
@@ -167,7 +168,8 @@ class Run:
     def _smaller_helps(self, error: BaseException) -> bool:
         """Tell whether smaller micro-batches would have fitted into memory."""
         in_step = self.runtime.phases.name in ("data", "forward", "backward")
-        return _status(error) == "oom" and in_step
+        whole = self.progress.split < self.config.batch_size  # more cuts than reviews help nobody
+        return _status(error) == "oom" and in_step and whole
 
     def _advice(self, error: BaseException) -> str:
         if _status(error) != "oom":
@@ -276,7 +278,7 @@ class Run:
             weights = self.runtime.whole_weights()
             if self.saving.best(step, lambda folder: self.write_best(folder, weights, record)):
                 self.best = record
-        self.record("eval", step, flatten("eval", record))
+        self.record("eval", step, flatten("eval", record) | _rate("eval", result))
         name = self.config.best_metric
         shown = record["loss"] if name == "loss" else record[name]["value"]
         self.bar.note(
@@ -323,7 +325,7 @@ class Run:
         result = self.evaluate("test")
         self.runtime.phases.enter("finish")
         record = as_record(result.counts, result.loss)
-        self.record("test", self.best["step"], flatten("test", record))
+        self.record("test", self.best["step"], flatten("test", record) | _rate("test", result))
         if not self.runtime.is_main:
             return
         split = self.tokens.splits["test"]
@@ -386,6 +388,10 @@ def _score(record: dict[str, Any], config: RunConfig) -> float:
     if config.best_metric == "loss":
         return -record["loss"]
     return record[config.best_metric]["value"] or 0.0
+
+
+def _rate(prefix: str, result: Evaluation) -> dict[str, float]:
+    return {f"{prefix}/reviews_per_s": result.rows_seen / result.seconds}
 
 
 def flatten(prefix: str, record: dict[str, Any]) -> dict[str, Any]:

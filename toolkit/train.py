@@ -80,7 +80,7 @@ def start(config: RunConfig, turn: Turn, stop: Stop) -> int:
         if turn.is_main:
             folder.record_failure(getattr(failure, "status", "io_error"), str(failure))
         raise failure from error
-    if folder.status == "completed" and not config.overwrite:
+    if folder.status == "completed" and not (config.overwrite and not is_requeued()):
         return show_result(config, tokens, folder, turn)
     if turn.is_main:
         say(describe(tokens))
@@ -107,7 +107,12 @@ def open_folder(config: RunConfig, tokens: TokenCache, folder: RunFolder) -> Pat
         CheckpointError: when there are checkpoints and none can be used.
         ConfigError: when they are of another configuration, or of other data.
     """
-    resume = "none" if config.overwrite else config.resume
+    resume = config.resume
+    if config.overwrite and folder.status == "completed":
+        resume = "none"
+    elif resume == "none" and is_requeued():
+        say("This job was queued again: it goes on, whatever --resume says")
+        resume = "auto"
     if resume != "none" and folder.status == "completed":
         raise ConfigError(
             [f"{folder.path} was completed while this start waited; start again to see its result"]
@@ -123,6 +128,11 @@ def open_folder(config: RunConfig, tokens: TokenCache, folder: RunFolder) -> Pat
         raise
     folder.open(point)
     return point
+
+
+def is_requeued() -> bool:
+    """Tell whether SLURM has started this job before."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
 
 
 def describe_plan(config: RunConfig, num_rows: int) -> str:

@@ -1,5 +1,6 @@
 """One exact pass over a split, on any number of ranks."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ class Evaluation:
     """(N,) float32 probability of class 1, in the order of the split."""
     rows_seen: int
     """Rows that the ranks counted together; `evaluate` has checked that it is N."""
+    seconds: float
 
 
 @torch.no_grad()
@@ -45,7 +47,7 @@ def evaluate(
         RuntimeError: when a row was counted more or less than once.
         DivergedError: when a score is not finite.
     """
-    was_training = model.training
+    started, was_training = time.monotonic(), model.training
     model.eval()
     scores, seen = torch.zeros(len(split)), torch.zeros(len(split), dtype=torch.int32)
     loss_sum = torch.zeros((), dtype=torch.float64, device=runtime.device)
@@ -71,7 +73,8 @@ def evaluate(
         raise DivergedError("the model gives scores that are not finite")
     loss = loss_sum.item() / len(split) if len(split) else None
     counts = _confusion(split.labels, scores.numpy())
-    return Evaluation(counts, loss, scores.numpy(), rows_seen=int(seen.sum()))
+    seconds = time.monotonic() - started
+    return Evaluation(counts, loss, scores.numpy(), int(seen.sum()), seconds)
 
 
 def _confusion(labels: np.ndarray, scores: np.ndarray) -> Confusion:

@@ -15,17 +15,17 @@ def submit(argv: list[str]) -> int:
     """Submit what is missing to SLURM, as one array; options of sbatch are passed on to it."""
     made = parser("submit", submit.__doc__)
     made.add_argument("--throttle", type=int, help="tasks at the same time")
-    made.add_argument("--retry_failed", action="store_true", help="submit failed runs again")
+    made.add_argument("--retry_failed", action="store_true", help="failed and stopped runs, too")
     asked = read(made, argv, with_others=True)
     runs = asked.runs()
-    queued = slurm.queue(asked.file, asked.extra)
-    todo = slurm.missing(runs, queued, asked.options.retry_failed)
-    if not todo:
-        say(f"Nothing is missing: all {len(runs)} runs are complete, failed, running or queued")
-        return 0
-    job = slurm.submit(asked.file, todo, asked.extra, asked.others, asked.options.throttle)
-    say(f"Submitted {len(todo)} of {len(runs)} runs as array {job}")
+    todo = slurm.missing(runs, slurm.queue(), asked.options.retry_failed)
     command = " ".join([str(asked.file), *asked.extra])
+    if not todo:
+        say(f"Nothing is missing: each of the {len(runs)} runs is complete, running or queued, or")
+        say(f"has failed or was stopped: python -m toolkit sweep status {command}")
+        return 0
+    job = slurm.submit(asked, todo, asked.options.throttle)
+    say(f"Submitted {len(todo)} of {len(runs)} runs as array {job}")
     say(f"How it stands: python -m toolkit sweep status {command}")
     return 0
 

@@ -83,7 +83,7 @@ def run(argv: list[str]) -> int:
 
     made = parser("run", run.__doc__)
     made.add_argument("--jobs", type=int, default=1, help="runs at the same time")
-    made.add_argument("--retry_failed", action="store_true", help="start failed runs again")
+    made.add_argument("--retry_failed", action="store_true", help="failed and stopped runs, too")
     made.add_argument("--search", choices=["optuna"], help="let Optuna choose among the values")
     made.add_argument("--trials", type=int, help="of a search; default: the file's run_cap, or 20")
     made.add_argument("--sampler", choices=["tpe", "random"], default="tpe", help="of a search")
@@ -136,12 +136,13 @@ def status(argv: list[str]) -> int:
     from toolkit.experiments.states import read_state
 
     asked = read(parser("status", status.__doc__), argv)
-    runs, queued = asked.runs(), _queued(asked)
+    runs, queued = asked.runs(), _queued()
     width = max(len(each.label) for each in runs)
     counts: Counter[str] = Counter()
     for each in runs:
         state = read_state(each.folder)
-        kind = "queued" if state.is_open and each.index in queued else state.kind
+        waits = state.kind not in ("running", "completed") and each.folder.resolve() in queued
+        kind = "queued" if waits else state.kind
         counts[kind] += 1
         place = f"{each.index:>4}  {each.run_id:<14}  {kind:<9}  {each.label:<{width}}"
         say(f"{place}  {state.describe()}".rstrip())
@@ -149,9 +150,9 @@ def status(argv: list[str]) -> int:
     return 0
 
 
-def _queued(asked: Request) -> set[int]:
+def _queued() -> set[Path]:
     try:
-        return slurm.queue(asked.file, asked.extra)
+        return slurm.queue()
     except slurm.SlurmError as error:  # what the run folders say is worth showing
         complain(f"warning: which runs are queued is not known: {error}")
         return set()

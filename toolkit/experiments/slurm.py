@@ -3,65 +3,76 @@
 The templates in `slurm/` do the work on the cluster; this asks `sbatch`, `squeue` and `scontrol`.
 """
 
+import hashlib
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Container, Iterable
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
-from toolkit.errors import ToolkitError
-from toolkit.experiments.arguments import split_flags
+import yaml
+
+from toolkit.console import complain
+from toolkit.errors import ConfigError, ToolkitError
+from toolkit.experiments.arguments import Request, split_flags
 from toolkit.experiments.states import read_state
-from toolkit.experiments.sweep import ROOT, Run
+from toolkit.experiments.sweep import ROOT, Run, load, runs
+from toolkit.files import write_text
 
 TEMPLATE = ROOT / "slurm" / "sweep.sbatch"
+SUBMITTED = ".submitted"
+"""Folder beside the run folders with the sweeps as they were submitted."""
+QUEUE_FORMAT = "--format=%K|%Z|%o"
+"""Task, working directory, command."""
 
 
 class SlurmError(ToolkitError):
     """SLURM is not there, or refused."""
 
 
-def missing(runs: list[Run], queued: Container[int], retry_failed: bool) -> list[Run]:
+def missing(listed: list[Run], queued: set[Path], retry_failed: bool) -> list[Run]:
     """Return the runs that are neither complete, nor running, nor in the queue."""
-    found = []
-    for run in runs:
-        state = read_state(run.folder)
-        open_ = state.is_open or (retry_failed and state.kind == "failed")
-        if open_ and run.index not in queued:
-            found.append(run)
-    return found
+    return [
+        run
+        for run in listed
+        if read_state(run.folder).is_to_do(retry_failed) and run.folder.resolve() not in queued
+    ]
 
 
-def submit(
-    file: Path, runs: list[Run], extra: list[str], options: list[str], throttle: int | None
-) -> str:
+def submit(request: Request, todo: list[Run], throttle: int | None) -> str:
     """Submit these runs of a sweep as an array; return the job's id.
 
     Raises:
         SlurmError: when sbatch refuses.
     """
-    logs = runs[0].folder.parent / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    command = sbatch_command(file, [run.index for run in runs], extra, options, throttle, logs)
-    return _ask(command).split(";")[0].strip()
-
-
-def sbatch_command(
-    file: Path,
-    indexes: list[int],
-    extra: list[str],
-    options: list[str],
-    throttle: int | None,
-    logs: Path,
-) -> list[str]:
-    """Return the command line of a submission. Nothing secret is in it: that is inherited."""
-    array = ranges(indexes) + (f"%{throttle}" if throttle else "")
-    return [
-        *("sbatch", "--parsable", f"--array={array}", f"--job-name={file.stem}"),
-        *(f"--output={logs.absolute()}/%x_%A_%a.out", *options),
-        *(str(TEMPLATE), str(file), *extra),
+    folder = todo[0].folder.parent.absolute()
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    file = freeze(request, folder)
+    array = ranges(run.index for run in todo) + (f"%{throttle}" if throttle else "")
+    command = [
+        *("sbatch", "--parsable", f"--array={array}", f"--job-name={request.file.stem}"),
+        *(f"--output={folder}/logs/%x_%A_%a.out", *request.others),
+        *(str(TEMPLATE), str(file)),
     ]
+    return _ask(command, TOOLKIT_ROOT=str(ROOT)).split(";")[0].strip()
+
+
+def freeze(request: Request, folder: Path) -> Path:
+    """Write down the sweep with its flags, under a name that tells it from any other.
+
+    Tasks read the file when they start, which may be days later: an edit must not change them.
+    """
+    content = yaml.safe_load(request.file.read_text(encoding="utf-8"))
+    for flag in request.extra:
+        name, equals, value = flag[2:].partition("=")
+        content["parameters"][name] = {"value": value if equals else True}
+    text = yaml.safe_dump(content, sort_keys=False)
+    name = f"{request.file.stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml"
+    (folder / SUBMITTED).mkdir(exist_ok=True)
+    write_text(folder / SUBMITTED / name, text)
+    return folder / SUBMITTED / name
 
 
 def ranges(indexes: Iterable[int]) -> str:
@@ -75,8 +86,8 @@ def ranges(indexes: Iterable[int]) -> str:
     return ",".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
 
 
-def queue(file: Path, extra: list[str]) -> set[int]:
-    """Return the tasks of a sweep in this user's queue, submitted by `submit` or by hand.
+def queue() -> set[Path]:
+    """Return the run folders of the tasks in this user's queue, submitted by `submit` or by hand.
 
     Empty where there is no SLURM: then nothing can be waiting in it.
 
@@ -85,27 +96,30 @@ def queue(file: Path, extra: list[str]) -> set[int]:
     """
     if not shutil.which("squeue"):
         return set()
-    command = ["squeue", "--me", "--noheader", "--array", "--format=%K|%Z|%o"]
-    found = set()
-    for line in _ask(command).splitlines():
+    tasks: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for line in _ask(["squeue", "--me", "--noheader", "--array", QUEUE_FORMAT]).splitlines():
         task, _, rest = line.partition("|")
-        folder, _, asked = rest.partition("|")
-        if task.isdigit() and is_submission(asked, Path(folder), file, extra):
-            found.add(int(task))
-    return found
+        place, _, command = rest.partition("|")
+        if task.isdigit() and f"{TEMPLATE.name} " in command:
+            tasks[place, command].append(int(task))
+    return {path for job, indexes in tasks.items() for path in _folders(*job, indexes)}
 
 
-def is_submission(command: str, folder: Path, file: Path, extra: list[str]) -> bool:
-    """Tell whether a job's command, as SLURM shows it, is the array of this sweep with these flags.
+def _folders(place: str, command: str, indexes: list[int]) -> list[Path]:
+    """Return the run folders of an array's tasks, from its command as SLURM shows it.
 
-    SLURM joins the words with spaces, so one that has spaces itself can only be compared joined.
+    SLURM joins words with spaces; a flag that has some itself cannot be told from two.
     """
-    script, _, words = command.partition(f"{TEMPLATE.name} ")
-    named, _, flags = words.partition(" --")
-    same_file = Path(folder, named).resolve() == file.resolve()
-    asked = split_flags(f"--{flags}".split() if flags else [])
-    ours = split_flags(" ".join(extra).split())
-    return bool(script) and same_file and [sorted(x) for x in asked] == [sorted(x) for x in ours]
+    named, dashes, flags = command.partition(f"{TEMPLATE.name} ")[2].partition(" --")
+    extra, others = split_flags(f"--{flags}".split() if dashes else [])
+    try:
+        if others:
+            raise ConfigError([f"{word} is no setting of a run" for word in others])
+        listed = runs(load(Path(place, named)), extra)
+        return [Path(place, listed[index].folder).resolve() for index in indexes]
+    except (ConfigError, IndexError) as error:
+        complain(f"warning: tasks in the queue that are not understood, {command!r}: {error}")
+        return []
 
 
 def wants_requeue(folder: Path | None, asked: bool, restarts: int, max_requeues: int) -> bool:
@@ -143,10 +157,11 @@ def requeue() -> None:
     _ask(["scontrol", "requeue", f"{job}_{task}" if job else os.environ["SLURM_JOB_ID"]])
 
 
-def _ask(command: list[str]) -> str:
+def _ask(command: list[str], **environment: str) -> str:
     """Run a program of SLURM's and return what it prints."""
+    settings = os.environ | environment
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=settings)
     except FileNotFoundError as error:
         raise SlurmError(
             f"{command[0]} is not there: is this a login node of a cluster?"

@@ -34,6 +34,10 @@ class State:
         """Tell whether a start would do something, and the run has not failed."""
         return self.kind in ("waiting", "lost", "preempted")
 
+    def is_to_do(self, retry_failed: bool) -> bool:
+        """Tell whether a sweep should start the run."""
+        return self.is_open or (retry_failed and self.kind in ("failed", "stopped"))
+
     def describe(self) -> str:
         """Say in a few words what there is to know."""
         if self.kind == "completed":
@@ -64,7 +68,7 @@ def read_state(path: Path) -> State:
         return State(kind, status, "", step, num_steps, left)
     if status == "stopped":
         return State("stopped", status, "", step, num_steps)
-    smaller = status == "oom" and facts.get("split", 1) > 1
+    smaller = status == "oom" and bool(facts.get("smaller_helps"))
     message = str(facts.get("message", ""))
     return State("failed", status, message, step, num_steps, wants_smaller_batches=smaller)
 

@@ -1,0 +1,198 @@
+"""How fast are we, next to the Hugging Face Trainer and to Accelerate's example loop?
+
+    python -m tests.bench --repeats 5 --out figures.json           about half an hour on two cores
+    python -m tests.bench --encoder bert-base-shape --rows 12800 --batch_size 32      on a GPU
+
+All train the same rows with the same encoder, tokens, batch size, epochs, rate and threads, each run
+in a process of its own, in turns. The first of two epochs warms up. Rows have the lengths of Amazon
+Polarity. Ratios are of non-padding tokens/s within a turn; `share` is of the matrix rate that this
+machine reached in the same session.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tests.bench import limits
+from tests.bench.overhead import spread
+from tests.bench.reviews import write_hub_folder
+from tests.programs import TRAIN
+from toolkit.assets import MINILM, TOKENIZER_FILES, fetch
+from toolkit.config import RunConfig, cache_dir, parse
+from toolkit.console import say
+from toolkit.data.cache import TokenCache
+from toolkit.prepare import prepare_data
+
+CONTENDERS = ("ours", "run_classification", "trainer_dynamic", "trainer_best", "accelerate_loop")
+BEST = "trainer_best"
+LOG_EVERY = 5
+SHAPE_ONLY = "bert-base-shape"
+"""BERT-base with random weights: there may be no hub."""
+
+
+def shared_parser() -> argparse.ArgumentParser:
+    """Return the options that every contender has to know."""
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
+    parser.add_argument("--encoder", default="minilm")
+    parser.add_argument("--rows", type=int, default=480, help="training rows of an epoch")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--eval_batch", type=int, default=64, help="rows in a peer's evaluation")
+    parser.add_argument("--max_length", type=int, default=256)
+    parser.add_argument("--lr", type=float, default=5e-5)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="scratch, with the data in it")
+    return parser
+
+
+def flags_of(options: argparse.Namespace) -> list[str]:
+    """Return our flags for the same run."""
+    return [
+        *(f"--encoder={options.encoder}", "--dataset=amazon_polarity"),
+        f"--dataset_path={options.folder / 'hub'}",
+        f"--cache_dir={options.folder / 'cache'}",
+        f"--output_dir={options.folder / 'runs'}",
+        *("--head=v1", "--validation_rows=2", "--epochs=2", f"--log_every={LOG_EVERY}"),
+        *(f"--batch_size={options.batch_size}", f"--max_length={options.max_length}"),
+        *(f"--lr={options.lr}", f"--seed={options.seed}", f"--cpu_threads={options.threads}"),
+        *("--track=none", "--run_id=ours", "--overwrite"),
+    ]
+
+
+def config_of(options: argparse.Namespace) -> RunConfig:
+    """Return our configuration of the same run."""
+    return parse(flags_of(options))
+
+
+def prepare_encoder(options: argparse.Namespace) -> None:
+    """Share the user's downloads; or make an encoder of BERT-base's shape, whose speed is all we want."""
+    shared = cache_dir(RunConfig()) / "assets"
+    fetch(MINILM, shared.parent)
+    (options.folder / "cache").mkdir()
+    (options.folder / "cache" / "assets").symlink_to(shared)
+    if options.encoder != SHAPE_ONLY:
+        return
+    from transformers import BertConfig, BertModel
+
+    folder = options.folder / "encoder"
+    BertModel(BertConfig()).save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        shutil.copy(fetch(MINILM, shared.parent) / name, folder)  # the same vocabulary
+    options.encoder = str(folder)
+
+
+def ours(options: argparse.Namespace) -> dict[str, Any]:
+    """Train with the toolkit; return the figures of its second epoch."""
+    run([str(TRAIN), *flags_of(options)])
+    folder = options.folder / "runs" / "ours"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    train = [line for line in lines if line["kind"] == "train"]
+    [test] = [line for line in lines if line["kind"] == "test"]
+    half = options.rows // options.batch_size
+    second = [line for line in train if line["step"] > half]
+    chunk = LOG_EVERY * options.batch_size
+    in_steps = sum(chunk / line["train/reviews_per_s"] for line in second)
+    # what else happens between log lines; the first line of the epoch follows an evaluation
+    gone = second[-1]["time"] - second[0]["time"]
+    outside = gone - sum(chunk / line["train/reviews_per_s"] for line in second[1:])
+    return {
+        "seconds": in_steps + outside * len(second) / (len(second) - 1),
+        "eval_seconds": options.test_rows / test["test/reviews_per_s"],
+        "loss": second[-1]["train/loss"],
+        "accuracy": test["test/accuracy"],
+        "padding": statistics.mean(line["train/padding"] for line in second),
+    }
+
+
+def peer(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Train with a peer, in a process of its own."""
+    known = vars(shared_parser().parse_args([]))
+    flags = [f"--{key}={getattr(options, key)}" for key in known]
+    return json.loads(run(["-m", "tests.bench.peers", name, *flags]).splitlines()[-1])
+
+
+PEAK: dict[str, float] = {}
+
+
+def run(arguments: list[str]) -> str:
+    """Run Python; return what it prints, and note its peak memory."""
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen([sys.executable, *arguments], stdout=out)
+        _, code, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(code)
+        out.seek(0)
+        text = out.read()
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(arguments)} failed:\n{text}")
+    PEAK["MiB"] = usage.ru_maxrss / 1024
+    return text
+
+
+def measure(name: str, options: argparse.Namespace, tokens: TokenCache) -> dict[str, Any]:
+    """Run one contender; return rates, loss, accuracy and peak memory."""
+    found = ours(options) if name == "ours" else peer(name, options)
+    train = tokens.splits["train"]
+    count = int(train.offsets[-1])
+    return {
+        "reviews_per_s": len(train) / found["seconds"],
+        "tokens_per_s": count / found["seconds"],
+        "eval_reviews_per_s": options.test_rows / found["eval_seconds"],
+        "loss": found["loss"],
+        "accuracy": found["accuracy"],
+        "peak_MiB": found.get("memory", PEAK["MiB"]),
+    }
+
+
+def main() -> None:
+    """Measure all, print a table and write JSON."""
+    parser = shared_parser()
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=CONTENDERS)
+    parser.add_argument("--test_rows", type=int, default=320)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        options.folder = Path(scratch)
+        prepare_encoder(options)
+        # our validation split takes two rows of its own
+        hub = options.folder / "hub"
+        write_hub_folder(cache_dir(RunConfig()), hub, options.rows + 2, options.test_rows)
+        tokens, encoder = prepare_data(config_of(options))
+        peaks = limits.measure(options.threads)
+        turns: list[dict[str, dict[str, Any]]] = []
+        for seed in range(options.repeats):
+            options.seed = seed
+            turns.append({name: measure(name, options, tokens) for name in options.only})
+            say(json.dumps(turns[-1]))
+        figures = summary(turns, peaks, limits.token_flops(encoder, tokens.splits["train"]))
+    say(json.dumps(figures, indent=2))
+    if options.out:
+        options.out.write_text(json.dumps(figures | {"turns": turns}, indent=2) + "\n")
+
+
+def summary(turns: list[dict[str, Any]], peaks: dict[str, float], flops: float) -> dict[str, Any]:
+    """Return medians and ranges of every figure, and our ratios to the others."""
+    shown: dict[str, Any] = {"limits": peaks, "flops_per_token": flops, "contenders": {}}
+    for name in turns[0]:
+        shown["contenders"][name] = {
+            key: spread([turn[name][key] for turn in turns]) for key in turns[0][name]
+        }
+        if "ours" in turns[0]:
+            for key in ("tokens_per_s", "eval_reviews_per_s", "peak_MiB"):
+                ratios = [turn["ours"][key] / turn[name][key] for turn in turns]
+                shown["contenders"][name][f"ours / it, {key}"] = spread(ratios)
+    for name, figures in shown["contenders"].items():
+        rate = peaks["fp32" if name in ("run_classification", "accelerate_loop") else "bf16"]
+        figures["share"] = round(figures["tokens_per_s"]["median"] * flops / rate, 3)
+    return shown
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""What do logging, W&B and checkpoints cost a run, also when W&B's server misbehaves?
+
+    python -m tests.bench.overhead --repeats 5
+
+Runs of MiniLM on `snippets` take turns: without W&B, with a server on loopback that answers, is slow,
+fails or hangs. `outside` is the share of the time between the first and the last log line that is
+not spent in steps; `rate` is reviews/s in steps, over that of the run without W&B of the same turn.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tests.programs import TRAIN
+from tests.wandb_server import serving
+from toolkit.console import say
+
+CASES = ("none", "answers", "slow", "fail", "hang")
+BATCH, STEPS, SETTLED = 16, 60, 10
+SAVE_SECONDS = 300
+
+
+def measure(case: str, folder: Path, *extra: str) -> dict[str, float]:
+    """Train once; return the share of time outside steps, and the rate in them."""
+    flags = [f"--output_dir={folder}", f"--run_id={case}", f"--max_steps={STEPS}", "--overwrite"]
+    flags += [f"--track={'none' if case in ('none', 'save') else 'wandb'}", f"--batch_size={BATCH}"]
+    with serving() as (server, url):
+        server.misbehaviour = None if case in ("none", "answers", "save") else case
+        wandb = {"WANDB_MODE": "online", "WANDB_BASE_URL": url, "WANDB_API_KEY": "x" * 40}
+        subprocess.run(
+            [sys.executable, TRAIN, *flags, *extra],
+            env=os.environ | wandb | {"ACCELERATE_USE_CPU": "true"},
+            check=True,
+            capture_output=True,
+        )
+    return figures(folder / case / "metrics.jsonl")
+
+
+def figures(journal: Path) -> dict[str, float]:
+    """Read them from a run's journal, from the tenth step on."""
+    rows = [json.loads(line) for line in journal.read_text().splitlines()]
+    rows = [row for row in rows if row["kind"] == "train" and row["step"] >= SETTLED]
+    gone = rows[-1]["time"] - rows[0]["time"]
+    reviews = BATCH * (rows[-1]["step"] - rows[0]["step"])
+    every = BATCH * (rows[1]["step"] - rows[0]["step"])
+    in_steps = sum(every / row["train/reviews_per_s"] for row in rows[1:])
+    return {"outside": 1 - in_steps / gone, "rate": reviews / in_steps, "seconds": gone - in_steps}
+
+
+def checkpoint_seconds(folder: Path) -> float:
+    """Return what one checkpoint takes, from a run that writes one after every step."""
+    found = measure("save", folder, "--save_minutes=0", "--log_every=1")
+    return found["seconds"] / (STEPS - SETTLED)
+
+
+def main() -> None:
+    """Measure and print JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    repeats = parser.parse_args().repeats
+    turns: list[dict[str, dict[str, float]]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        measure("none", Path(scratch))  # warm caches
+        for _ in range(repeats):
+            turns.append({case: measure(case, Path(scratch)) for case in CASES})
+            say(json.dumps(turns[-1]))
+        one_save = checkpoint_seconds(Path(scratch))
+    shown: dict[str, Any] = {"checkpoint_seconds": one_save, "share": one_save / SAVE_SECONDS}
+    for case in CASES:
+        outside = [turn[case]["outside"] for turn in turns]
+        rates = [turn[case]["rate"] / turn["none"]["rate"] for turn in turns]
+        shown[case] = {"outside": spread(outside), "rate": spread(rates)}
+    say(json.dumps(shown, indent=2))
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Return median, lowest and highest."""
+    middle = statistics.median(values)
+    return {
+        name: round(x, 4)
+        for name, x in zip(
+            ("median", "min", "max"), (middle, min(values), max(values)), strict=True
+        )
+    }
+
+
+if __name__ == "__main__":
+    main()

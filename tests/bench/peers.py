@@ -1,0 +1,209 @@
+"""What we are compared with: the same encoder, tokens, batch size, epochs and threads, stock code.
+
+    python -m tests.bench.peers NAME --rows 640 ...        one run, figures as JSON
+
+Each trains two epochs; the first warms up, the second counts. `trainer_best` is the one to beat.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    get_linear_schedule_with_warmup,
+)
+
+from toolkit.console import say
+from toolkit.data.cache import TokenSplit
+
+Row = dict[str, Any]
+Figures = dict[str, float]
+
+
+def rows_of(split: TokenSplit) -> list[Row]:
+    """Return a split as a list of rows for a collator."""
+    cut = split.offsets
+    return [
+        {
+            "input_ids": split.tokens[cut[row] : cut[row + 1]].tolist(),
+            "labels": int(split.labels[row]),
+        }
+        for row in range(len(split))
+    ]
+
+
+def collator(multiple: int, length: int | None) -> Callable[[list[Row]], dict[str, torch.Tensor]]:
+    """Pad as `DataCollatorWithPadding` does, to the longest row or to a fixed length; [PAD] is 0."""
+
+    def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
+        longest = length or max(len(row["input_ids"]) for row in rows)
+        width = -(-longest // multiple) * multiple
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for place, row in enumerate(rows):
+            tokens = torch.tensor(row["input_ids"])
+            ids[place, : len(tokens)] = tokens
+            mask[place, : len(tokens)] = 1
+        labels = torch.tensor([row["labels"] for row in rows])
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    return collate
+
+
+class Clock(TrainerCallback):
+    """Notes when epochs end, and what the second one computed."""
+
+    def __init__(self) -> None:
+        self.ends = [0.0]
+
+    def on_epoch_end(self, *_: Any, **__: Any) -> None:
+        _finish_device()
+        self.ends.append(time.monotonic())
+
+
+def _finish_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def trainer(
+    encoder: Path, train: TokenSplit, test: TokenSplit, options: argparse.Namespace, **settings: Any
+) -> Figures:
+    """Train and predict with the Hugging Face Trainer."""
+    model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
+    clock = Clock()
+    multiple, length = settings.pop("multiple", 1), settings.pop("length", None)
+    peer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(options.folder),
+            num_train_epochs=2,
+            learning_rate=options.lr,
+            warmup_steps=0.1,
+            weight_decay=0.01,
+            per_device_train_batch_size=options.batch_size,
+            per_device_eval_batch_size=options.eval_batch,
+            seed=options.seed,
+            use_cpu=not torch.cuda.is_available(),
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            logging_steps=5,
+            **settings,
+        ),
+        train_dataset=rows_of(train),
+        data_collator=collator(multiple, length),
+        callbacks=[clock],
+    )
+    peer.train()
+    losses = [line["loss"] for line in peer.state.log_history if "loss" in line]
+    started = time.monotonic()
+    predicted = peer.predict(rows_of(test))
+    _finish_device()
+    right = predicted.predictions.argmax(-1) == predicted.label_ids
+    return {
+        "seconds": clock.ends[2] - clock.ends[1],
+        "eval_seconds": time.monotonic() - started,
+        "loss": losses[-1],
+        "accuracy": float(np.mean(right)),
+    }
+
+
+def accelerate_loop(
+    encoder: Path, train: TokenSplit, test: TokenSplit, options: argparse.Namespace
+) -> Figures:
+    """Train as Accelerate's example for text classification does: dynamic padding, fp32."""
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    set_seed(options.seed)
+    model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr)
+    collate: Any = collator(1, None)
+    loader = DataLoader(rows_of(train), options.batch_size, shuffle=True, collate_fn=collate)
+    tests = DataLoader(rows_of(test), options.eval_batch, collate_fn=collate)
+    steps = 2 * len(loader)
+    schedule = get_linear_schedule_with_warmup(optimizer, round(0.1 * steps), steps)
+    model, optimizer, loader, tests, schedule = accelerator.prepare(
+        model, optimizer, loader, tests, schedule
+    )
+    ends, losses = [], []
+    for _ in range(2):
+        model.train()
+        for batch in loader:
+            loss = model(**batch).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+        _finish_device()
+        ends.append(time.monotonic())
+    started = time.monotonic()
+    model.eval()
+    right = 0
+    for batch in tests:
+        with torch.no_grad():
+            logits = model(**batch).logits
+        found, labels = accelerator.gather_for_metrics((logits.argmax(-1), batch["labels"]))
+        right += int((found == labels).sum())
+    return {
+        "seconds": ends[1] - ends[0],
+        "eval_seconds": time.monotonic() - started,
+        "loss": float(torch.stack(losses[-10:]).mean()),
+        "accuracy": right / len(test),
+    }
+
+
+def best_flags(**more: Any) -> dict[str, Any]:
+    """Return the Trainer's settings that make it fastest, as its documentation advises."""
+    return {
+        "bf16": True,
+        "train_sampling_strategy": "group_by_length",
+        "optim": "adamw_torch_fused",
+        "multiple": 8,
+        **more,
+    }
+
+
+PEERS: dict[str, Callable[..., Figures]] = {
+    "run_classification": lambda *a: trainer(*a, length=a[3].max_length),
+    "trainer_dynamic": lambda *a: trainer(*a),
+    "trainer_best": lambda *a: trainer(*a, **best_flags()),
+    "trainer_compiled": lambda *a: trainer(*a, **best_flags(torch_compile=True)),
+    "accelerate_loop": accelerate_loop,
+}
+"""`trainer_compiled` is for GPUs: on a CPU the lengths make it compile again and again."""
+
+
+def main() -> None:
+    """Run one peer and print its figures."""
+    from tests.bench.__main__ import config_of, shared_parser
+    from toolkit.prepare import prepare_data
+
+    parser: argparse.ArgumentParser = shared_parser()
+    parser.add_argument("name", choices=PEERS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    tokens, encoder = prepare_data(config_of(options))
+    train, test = tokens.splits["train"], tokens.splits["test"]
+    figures = PEERS[options.name](encoder, train, test, options)
+    if torch.cuda.is_available():
+        figures["memory"] = torch.cuda.max_memory_allocated() / 2**20
+    say(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
