@@ -1,8 +1,10 @@
 """Run a sweep on this machine: what is missing, one after another or some at a time."""
 
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -37,10 +39,10 @@ class LocalRunner:
 
     def run(self, retry_failed: bool) -> bool:
         """Run what is not complete; return whether all runs of the sweep are complete now."""
-        todo = [run for run in self.runs if _is_to_do(run, retry_failed)]
+        todo = [run for run in self.runs if read_state(run.folder).is_to_do(retry_failed)]
         done = sum(read_state(run.folder).kind == "completed" for run in self.runs)
         others = len(self.runs) - done - len(todo)
-        hint = f", {others} failed, stopped or running (--retry_failed: failed)" if others else ""
+        hint = f", {others} running, failed or stopped (--retry_failed)" if others else ""
         say(f"{len(self.runs)} runs: {done} completed, {len(todo)} to do{hint}")
         with forwarding(self), ThreadPoolExecutor(self.jobs) as pool:
             list(pool.map(self._run_one, todo))
@@ -49,10 +51,22 @@ class LocalRunner:
     def _run_one(self, run: Run) -> None:
         if self.stopping:
             return
-        started = time.monotonic()
+        if read_state(run.folder).kind in ("running", "completed"):
+            say(f"[{run.index}] {run.run_id}  was started elsewhere meanwhile")
+            return
         say(f"[{run.index}] {run.run_id}  {run.label}")
         with self._lock:
             place = self._places.pop()
+        try:
+            self._run_at(run, place)
+        except OSError as error:
+            say(f"[{run.index}] {run.run_id}  could not be started: {error}")
+        finally:
+            with self._lock:
+                self._places.append(place)
+
+    def _run_at(self, run: Run, place: "Place") -> None:
+        started = time.monotonic()
         process = start(run, **place.environment())
         with suppress(ProcessLookupError):  # it may have failed at once
             os.sched_setaffinity(process.pid, place.cores)  # a trainer takes all cores it may use
@@ -61,8 +75,7 @@ class LocalRunner:
             ask_to_stop(run)
         code = process.wait()
         del self._alive[run.run_id]
-        with self._lock:
-            self._places.append(place)
+        withdraw(run)
         self._report(run, code, time.monotonic() - started)
 
     def _report(self, run: Run, code: int, seconds: float) -> None:
@@ -94,7 +107,6 @@ def start(run: Run, **environment: str) -> "subprocess.Popen[bytes]":
     log.parent.mkdir(parents=True, exist_ok=True)
     # the launcher that was installed with this Python, whether its environment is activated or not
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    _stop_file(run).unlink(missing_ok=True)
     settings = {"PATH": path, "TOOLKIT_STOP_FILE": str(_stop_file(run).absolute())}
     try:
         with log.open("ab") as file:
@@ -114,18 +126,19 @@ def ask_to_stop(run: Run) -> None:
     _stop_file(run).touch()
 
 
+def withdraw(run: Run) -> None:
+    """Take back what `ask_to_stop` asked, once the run has ended."""
+    _stop_file(run).unlink(missing_ok=True)
+
+
 def _stop_file(run: Run) -> Path:
-    return log_file(run).with_suffix(".stop")
+    """Return the file that asks a run of this process to stop; another's may have the same run."""
+    return log_file(run).with_suffix(f".{socket.gethostname()}-{os.getpid()}.stop")
 
 
 def log_file(run: Run) -> Path:
     """Return where what a run prints goes."""
     return run.folder.parent / "logs" / f"{run.run_id}.log"
-
-
-def _is_to_do(run: Run, retry_failed: bool) -> bool:
-    state = read_state(run.folder)
-    return state.is_open or (retry_failed and state.kind == "failed")
 
 
 @dataclass(frozen=True)
@@ -158,8 +171,10 @@ def gpus() -> list[str]:
     if not shutil.which("nvidia-smi"):
         return []
     listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
-    lines = listed.stdout.splitlines() if listed.returncode == 0 else []
-    return [str(number) for number, line in enumerate(lines) if line.startswith("GPU ")]
+    if listed.returncode:
+        return []
+    parts = re.findall(r"UUID: (MIG-[^)\s]+)", listed.stdout)  # a GPU cut into parts has only those
+    return parts or [str(number) for number in range(len(re.findall("(?m)^GPU ", listed.stdout)))]
 
 
 class Stoppable(Protocol):

@@ -10,7 +10,7 @@ import csv
 import hashlib
 import io
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import pyarrow.parquet
 from rich.console import Console
 from rich.table import Table
 
-from toolkit.console import say
+from toolkit.console import complain, say
 from toolkit.errors import DataError
 from toolkit.experiments.compare import ALPHA, Judged, against_best, f1
 from toolkit.files import write_json, write_text
@@ -32,6 +32,7 @@ COLUMNS = [
     *(name + end for name in METRICS for end in ("", "_low", "_high")),
     *("n", "seconds", "reviews_per_s", "run_id", "setting_f1", "p_against_best", "verdict"),
 ]
+OTHER = "other test rows"
 CSV_NAME = "bert_experiment_results.csv"
 
 
@@ -53,7 +54,7 @@ class Setting:
         if self is best:
             return "best"
         if self.p is None:
-            return "other test rows"
+            return OTHER
         return "below the best" if self.p < ALPHA else "cannot be told from the best"
 
 
@@ -61,59 +62,77 @@ def summaries(folder: Path) -> list[dict[str, Any]]:
     """Return the summaries of all completed runs in a folder, each with its `folder`."""
     found = []
     for path in sorted(folder.glob("*/summary.json")):
-        if ".old-" not in path.parent.name:
+        if ".old-" in path.parent.name:
+            continue
+        try:
             found.append(json.loads(path.read_text(encoding="utf-8")) | {"folder": path.parent})
+        except (OSError, ValueError, TypeError) as error:
+            complain(f"warning: {path} cannot be read and its run is left out: {error}")
     return found
 
 
 def settings(runs: list[dict[str, Any]]) -> list[Setting]:
     """Pool the seeds of each setting, best first, and compare with the best.
 
+    Figures of different test rows cannot be compared: the best is one of the runs on the rows that
+    most runs share, which come first.
+
     Raises:
         DataError: when predictions are missing.
     """
-    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[Predicted]] = defaultdict(list)
     for run in runs:
         key = {name: value for name, value in run["config"].items() if name != "seed"}
-        groups[json.dumps(key, sort_keys=True)].append(run)
+        predicted = _predictions(run)
+        groups[json.dumps(key, sort_keys=True), predicted.test_set].append(predicted)
     found = [_pool(group) for group in groups.values()]
-    found.sort(key=lambda setting: setting.f1, reverse=True)
-    comparable = [setting for setting in found if setting.test_set == found[0].test_set]
+    sharing = Counter(setting.test_set for setting in found for _ in setting.runs)
+    main = max(found, key=lambda setting: (sharing[setting.test_set], len(setting.judged.labels_N)))
+    found.sort(key=lambda setting: (setting.test_set == main.test_set, setting.f1), reverse=True)
+    comparable = [setting for setting in found if setting.test_set == main.test_set]
     p_values = against_best([setting.judged for setting in comparable])
     for setting, p in zip(comparable[1:], p_values, strict=True):
         setting.p = p
     return found
 
 
-def _pool(runs: list[dict[str, Any]]) -> Setting:
-    tables = [_predictions(run) for run in runs]
-    labels = tables[0]["label"].to_numpy()
-    positive = [table["score"].to_numpy() > 0.5 for table in tables]
-    judged = Judged(labels, np.mean(positive, axis=0))
-    key = tables[0]["row_id"].to_numpy().tobytes() + labels.tobytes()
-    test_set = hashlib.sha256(key + runs[0]["config"]["dataset"].encode()).hexdigest()
-    return Setting(runs, test_set, judged, f1(judged))
+@dataclass(frozen=True)
+class Predicted:
+    """A run, and what it made of each test row."""
+
+    run: dict[str, Any]
+    test_set: str
+    """Hash of the test rows and their labels."""
+    labels: np.ndarray
+    positive: np.ndarray
 
 
-def _predictions(run: dict[str, Any]) -> Any:
+def _pool(group: list[Predicted]) -> Setting:
+    judged = Judged(group[0].labels, np.mean([each.positive for each in group], axis=0))
+    return Setting([each.run for each in group], group[0].test_set, judged, f1(judged))
+
+
+def _predictions(run: dict[str, Any]) -> Predicted:
     """Read what a run predicted, and hold it against its summary."""
     path = run["folder"] / "predictions.parquet"
     if not path.exists():
         raise DataError([f"{path} is missing: its run cannot be compared; move the folder away"])
     table = pyarrow.parquet.read_table(path)
-    positive = table["score"].to_numpy() > 0.5
+    labels, positive = table["label"].to_numpy(), table["score"].to_numpy() > 0.5
     matrix = run["test"]["confusion"]
-    if (positive & (table["label"].to_numpy() == 1)).sum() != matrix["tp"] or positive.sum() != (
-        matrix["tp"] + matrix["fp"]
-    ):
+    found = int((positive & (labels == 1)).sum()), int(positive.sum())
+    if found != (matrix["tp"], matrix["tp"] + matrix["fp"]):
         raise DataError([f"{path} is not what {run['folder'] / 'summary.json'} was made of"])
-    return table
+    # not the data's fingerprint: other training rows or another length leave the test rows the same
+    key = table["row_id"].to_numpy().tobytes() + labels.tobytes()
+    test_set = hashlib.sha256(key + run["config"]["dataset"].encode()).hexdigest()
+    return Predicted(run, test_set, labels, positive)
 
 
 def rows(found: list[Setting]) -> list[dict[str, Any]]:
     """Return one row for each run, best first."""
     listed = [_row(run, setting, found[0]) for setting in found for run in setting.runs]
-    return sorted(listed, key=lambda row: row["f1"] or 0.0, reverse=True)
+    return sorted(listed, key=lambda row: (row["verdict"] != OTHER, row["f1"] or 0.0), reverse=True)
 
 
 def _row(run: dict[str, Any], setting: Setting, best: Setting) -> dict[str, Any]:
@@ -188,7 +207,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
 def conclusions(listed: list[dict[str, Any]], found: list[Setting]) -> list[str]:
     """Say what follows from a table, and what does not."""
     top, best = listed[0], found[0]
-    ties = [setting for setting in found[1:] if setting.verdict(best).startswith("cannot")]
+    rivals = [setting for setting in found[1:] if setting.test_set == best.test_set]
+    ties = [setting for setting in rivals if setting.verdict(best).startswith("cannot")]
     lines = [f"Best run by F1 on the test set: {top['experiment']} ({top['run_id']})."]
     if top["run_id"] not in {run["run_id"] for run in best.runs}:
         names = ", ".join(name_of(run) for run in best.runs)
@@ -196,11 +216,16 @@ def conclusions(listed: list[dict[str, Any]], found: list[Setting]) -> list[str]
     if ties:
         names = ", ".join(sorted({name_of(run) for setting in ties for run in setting.runs}))
         lines.append(
-            f"At 95 % the best setting cannot be told from {len(ties)} of the {len(found) - 1} other "
+            f"At 95 % the best setting cannot be told from {len(ties)} of the {len(rivals)} other "
             f"settings: {names}."
         )
-    elif len(found) > 1:
+    elif rivals:
         lines.append("At 95 % every other setting on the same test rows is below it.")
+    if len(found) > len(rivals) + 1:
+        lines.append(
+            f"{len(found) - 1 - len(rivals)} settings were judged on other test rows than the best: "
+            "their figures cannot be compared with it."
+        )
     lines.append(
         "Settings are compared on F1, row by row of the test set (paired randomisation test, Holm's "
         "correction for the number of comparisons; seeds of one setting are pooled). The best of many "
@@ -233,15 +258,12 @@ def write_all(folder: Path, found: list[Setting]) -> list[Path]:
 
 
 def best_by_head(found: list[Setting]) -> dict[str, dict[str, Any]]:
-    """Return the best run by F1 of each head."""
+    """Return the best run by F1 of each head, of those on the most shared test rows if it has any."""
     best: dict[str, dict[str, Any]] = {}
-    for run in sorted((run for s in found for run in s.runs), key=_f1_of, reverse=True):
-        best.setdefault(run["config"]["head"], run)
+    by_id = {run["run_id"]: run for setting in found for run in setting.runs}
+    for row in rows(found):
+        best.setdefault(row["head"], by_id[row["run_id"]])
     return best
-
-
-def _f1_of(run: dict[str, Any]) -> float:
-    return run["test"]["f1"]["value"] or 0.0
 
 
 def show(listed: list[dict[str, Any]], found: list[Setting]) -> None:

@@ -37,8 +37,9 @@ class Search:
         self.extra = extra
         self.stopping = False
         self.under_way: tuple[Run, Any] | None = None
-        fixed = {name: p["value"] for name, p in sweep.parameters.items() if "value" in p}
-        self.folder = sweeps.make_run(sweep, 0, fixed, extra).folder.parent
+        if problems := sweeps.overridden(sweep, extra):
+            raise ConfigError(problems)
+        self.folder = _runs_folder(sweep, extra)
         self.name = f"search-{sweep.path.stem}"
         self.study = _open_study(sweep, self.folder, sampler, seed)
 
@@ -78,8 +79,16 @@ class Search:
                 self.study.enqueue_trial(trial.params)
 
     def _run_one(self, trial: Any) -> None:
+        from optuna.trial import TrialState
+
         cell = {name: suggest(trial, name, p) for name, p in self.sweep.parameters.items()}
-        run = sweeps.make_run(self.sweep, trial.number, cell, self.extra)
+        try:
+            run = sweeps.make_run(self.sweep, trial.number, cell, self.extra)
+        except ConfigError as error:  # some values do not go together
+            say(f"[{trial.number}] {cell} is no run: {error}")
+            trial.set_user_attr(FAILED, str(error))
+            self.study.tell(trial, state=TrialState.FAIL)
+            return
         trial.set_user_attr("run_id", run.run_id)
         say(f"[{trial.number}] {run.run_id}  {run.label}")
         pruned = self._watch(trial, run)
@@ -106,6 +115,10 @@ class Search:
 
     def _watch(self, trial: Any, run: Run) -> bool:
         """Run a trial; tell Optuna what it reaches; return whether it was stopped for that."""
+        while read_state(run.folder).kind == "running" and not self.stopping:
+            time.sleep(POLL_SECONDS)  # another worker drew the same values: its result is ours too
+        if self.stopping:
+            return False
         process = local.start(run)
         self.under_way = run, process
         reported, pruned = 0, False
@@ -118,6 +131,7 @@ class Search:
                     pruned = True
                     local.ask_to_stop(run)
         self.under_way = None
+        local.withdraw(run)
         return pruned and not self.stopping
 
     def _values(self, run: Run) -> list[tuple[int, float]]:
@@ -151,6 +165,15 @@ class Search:
             f"Best of {count} by {self.sweep.metric}: {trial.value:.4f}, "
             f"{trial.user_attrs['run_id']} {trial.params}"
         )
+
+
+def _runs_folder(sweep: Sweep, extra: list[str]) -> Path:
+    """Return where run folders go: by the settings that say so, for others may not be known yet."""
+    names = ("output_dir", "config")
+    placing = {name: sweep.parameters[name] for name in names if name in sweep.parameters}
+    fixed = {name: p["value"] for name, p in placing.items() if "value" in p}
+    flags = [flag for flag in extra if flag.partition("=")[0][2:] in names]
+    return sweeps.make_run(sweep, 0, fixed, flags).folder.parent
 
 
 def _counts(trial: Any) -> bool:
@@ -213,6 +236,8 @@ def suggest(trial: Any, name: str, parameter: dict[str, Any]) -> Any:
             return trial.suggest_int(name, low, high)
         case "uniform":
             return trial.suggest_float(name, low, high)
+        case "q_uniform" if whole and isinstance(parameter.get("q", 1), int):
+            return trial.suggest_int(name, low, high, step=parameter.get("q", 1))
         case "q_uniform":
             return trial.suggest_float(name, low, high, step=parameter.get("q", 1))
         case "log_uniform_values":

@@ -103,7 +103,7 @@ def load(path: Path) -> Sweep:
     problems = [f"{path}: {problem}" for problem in _problems(content)]
     if problems:
         raise ConfigError(problems)
-    metric = content.get("metric", {})
+    metric = content.get("metric", {"name": "eval/f1", "goal": "maximize"})
     return Sweep(
         path=path,
         method=content["method"],
@@ -111,7 +111,7 @@ def load(path: Path) -> Sweep:
         command=[str(token) for token in content.get("command", DEFAULT_COMMAND)],
         parameters=content["parameters"],
         metric=metric.get("name", "eval/f1"),
-        maximize=metric.get("goal", "maximize") == "maximize",
+        maximize=metric.get("goal", "minimize") == "maximize",  # W&B's default
         early_terminate=content.get("early_terminate"),
         run_cap=content.get("run_cap"),
     )
@@ -136,12 +136,27 @@ def _problems(content: dict[str, Any]) -> Iterator[str]:
         yield "parameters is missing or empty"
         return
     for name, parameter in parameters.items():
-        if not isinstance(parameter, dict) or not parameter:
-            yield f"parameters.{name} got {parameter!r}, allowed is {{value: ...}}, {{values: [...]}}"
-        elif "values" in parameter and not (
-            isinstance(parameter["values"], list) and parameter["values"]
-        ):
-            yield f"parameters.{name}.values got {parameter['values']!r}, allowed is a list"
+        yield from _parameter_problems(name, parameter)
+
+
+def _parameter_problems(name: str, parameter: Any) -> Iterator[str]:
+    place = f"parameters.{name}"
+    if not isinstance(parameter, dict) or not parameter:
+        yield f"{place} got {parameter!r}, allowed is {{value: ...}}, {{values: [...]}}"
+        return
+    values = parameter.get("values", [None])
+    if not isinstance(values, list) or not values:
+        yield f"{place}.values got {values!r}, allowed is a list"
+    bounds = {key: parameter[key] for key in ("min", "max", "q") if key in parameter}
+    for key, bound in bounds.items():
+        if isinstance(bound, bool) or not isinstance(bound, int | float):
+            hint = "; YAML takes 1e-5 for text: write 1.0e-5" if isinstance(bound, str) else ""
+            yield f"{place}.{key} got {bound!r}, allowed is a number{hint}"
+            return
+    if ("min" in bounds) != ("max" in bounds) or bounds.get("min", 0) > bounds.get("max", 0):
+        yield f"{place} got {parameter!r}: it needs min and max, min not above max"
+    for key, inner in dict(parameter.get("parameters") or {}).items():
+        yield from _parameter_problems(f"{name}.{key}", inner)
 
 
 def runs(sweep: Sweep, extra: list[str]) -> list[Run]:
@@ -157,9 +172,8 @@ def runs(sweep: Sweep, extra: list[str]) -> list[Run]:
     if sweep.method != "grid":
         hint = "`sweep run --search optuna` or a W&B agent searches"
         raise ConfigError([f"{sweep.path}: method {sweep.method} has no list of runs; {hint}"])
-    swept = [flag for flag in extra if _varies(sweep, flag.partition("=")[0][2:])]
-    problems = [f"{flag}: {sweep.path} varies it from run to run" for flag in swept]
-    extra = [flag for flag in extra if flag not in swept]
+    problems = overridden(sweep, extra)
+    extra = [] if problems else extra
     found: dict[str, Run] = {}
     for index, cell in enumerate(_cells(sweep)):
         try:
@@ -175,10 +189,11 @@ def runs(sweep: Sweep, extra: list[str]) -> list[Run]:
     return list(found.values())
 
 
-def _varies(sweep: Sweep, name: str) -> bool:
-    """Tell whether a parameter differs between runs; a flag may replace one that does not."""
-    name = name.replace("-", "_")
-    return name in sweep.parameters and "value" not in sweep.parameters[name]
+def overridden(sweep: Sweep, extra: list[str]) -> list[str]:
+    """Name the flags of parameters that differ between runs; a flag may replace one that does not."""
+    names = {name for name, parameter in sweep.parameters.items() if "value" not in parameter}
+    swept = [flag for flag in extra if flag.partition("=")[0][2:].replace("-", "_") in names]
+    return [f"{flag}: {sweep.path} varies it from run to run" for flag in swept]
 
 
 def make_run(sweep: Sweep, index: int, cell: dict[str, Any], extra: list[str]) -> Run:
@@ -227,7 +242,7 @@ def _choices(name: str, parameter: dict[str, Any]) -> Iterator[Any]:
         }
         for values in itertools.product(*inner.values()):
             yield dict(zip(inner, values, strict=True))
-    elif parameter.get("distribution") == "int_uniform":
+    elif parameter.get("distribution") == "int_uniform" and "min" in parameter:
         yield from range(parameter["min"], parameter["max"] + 1)
     else:
         raise ValueError(f"parameters.{name} got {parameter!r}: a grid needs value or values")
