@@ -13,8 +13,10 @@ import yaml
 
 from tests.programs import ROOT
 from toolkit.experiments.commands import main
-from toolkit.experiments.local import Place, gpus, places
+from toolkit.experiments.local import LocalRunner, Place, gpus, log_file, places
 from toolkit.experiments.states import read_state
+from toolkit.experiments.sweep import load, runs
+from toolkit.record.journal import RunFolder
 
 
 def write(folder: Path, flags: list[str], command: list[str], **values: list[Any]) -> Path:
@@ -90,6 +92,27 @@ def test_a_stop_loses_nothing(tiny_flags: list[str], tmp_path: Path) -> None:
     assert (runs / "bert_experiment_results.csv").exists()
 
 
+def test_what_cannot_be_started_stops_no_other(
+    tiny_flags: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And what another process runs is left to it."""
+    path = write(tmp_path, tiny_flags, PYTHON, seed=[1, 2, 3])
+    first, second, _ = runs(load(path), [])
+    log_file(first).mkdir(parents=True)  # a log that cannot be opened
+    (second.folder).mkdir()
+    (second.folder / "status.json").write_text('{"status": "preempted"}')
+    with RunFolder(second.folder).claim():
+        (second.folder / "status.json").write_text('{"status": "running"}')
+        runner = LocalRunner([first, second], 1)
+        assert not runner.run(retry_failed=False)
+    said = capsys.readouterr().out
+    assert "2 runs: 0 completed, 1 to do, 1 running" in said
+    assert f"{first.run_id}  could not be started: " in said
+
+
 def test_a_command_that_is_not_there(
     tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,5 +148,10 @@ def test_gpus_are_those_that_the_user_may_use(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert gpus() == []
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    program.write_text(
+        "#!/bin/sh\necho 'GPU 0: A100 (UUID: GPU-x)'\n"
+        "echo '  MIG 3g.20gb Device 0: (UUID: MIG-a)'; echo '  MIG 3g.20gb Device 1: (UUID: MIG-b)'\n"
+    )
+    assert gpus() == ["MIG-a", "MIG-b"]
     program.write_text("#!/bin/sh\necho no driver >&2; exit 9\n")
     assert gpus() == []

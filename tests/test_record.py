@@ -8,8 +8,9 @@ from typing import ClassVar
 import pytest
 
 from toolkit.files import publish_folder, write_json
+from toolkit.network import why_unreachable
 from toolkit.record.journal import RunFolder
-from toolkit.record.tracking import Tracker, wandb_arguments, wandb_mode
+from toolkit.record.tracking import Tracker, has_wandb_key, wandb_arguments, wandb_mode, wandb_url
 
 OPTIONS = {"project": "p", "entity": None, "group": "g", "tags": ["t"]}
 
@@ -91,6 +92,32 @@ def test_online_with_a_key_else_offline(
             value = str(tmp_path / "netrc")
         monkeypatch.setenv(name, value)
     assert wandb_mode() == mode
+
+
+def test_the_server_that_login_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_BASE_URL", "")
+    assert wandb_url() == "https://api.wandb.ai"
+    (tmp_path / "settings").write_text("[default]\nbase_url = https://wandb.corp\n")
+    assert wandb_url() == "https://wandb.corp"
+    netrc = tmp_path / ".netrc"
+    netrc.write_text("machine wandb.corp login user password key\n")
+    netrc.chmod(0o644)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert has_wandb_key()
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    assert wandb_url() == "http://127.0.0.1:9"
+    assert not has_wandb_key()
+
+
+def test_who_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert "does not answer" in str(why_unreachable("http://127.0.0.1:9"))
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:3128")
+    assert why_unreachable("http://wandb.invalid") is None, "the proxy knows"
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert why_unreachable("http://127.0.0.1:9")
 
 
 def test_settings_come_from_our_config_and_wandb_variables_win(

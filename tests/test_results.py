@@ -85,10 +85,40 @@ def test_ties_are_said(tmp_path: Path) -> None:
 
 
 def test_runs_on_other_rows_are_not_compared(tmp_path: Path) -> None:
+    """The rows that most runs share count, not those on which some run looks best."""
+    make_run(tmp_path, 1.0, head="v2", seed=5, labels=1 - LABELS, experiment="elsewhere")
+    make_run(tmp_path, 0.9, head="v1")
+    make_run(tmp_path, 0.6, head="v2")
+    found = results.settings(results.summaries(tmp_path))
+    verdicts = [row["verdict"] for row in results.rows(found)]
+    assert verdicts == ["best", "below the best", "other test rows"]
+    text = results.to_markdown(results.rows(found), found)
+    assert "1 settings were judged on other test rows" in text
+    best = results.best_by_head(found)
+    assert best["v2"]["experiment"] != "elsewhere"
+
+
+def test_one_run_is_better_than_none(tmp_path: Path) -> None:
     make_run(tmp_path, 0.9, head="v1")
     make_run(tmp_path, 0.6, head="v2", labels=1 - LABELS)
     found = results.settings(results.summaries(tmp_path))
-    assert [row["verdict"] for row in results.rows(found)] == ["best", "other test rows"]
+    assert "below it" not in results.to_markdown(results.rows(found), found), "nothing was compared"
+
+
+def test_seeds_on_other_rows_are_not_pooled(tmp_path: Path) -> None:
+    make_run(tmp_path, 0.9, head="v1", seed=0)
+    make_run(tmp_path, 0.9, head="v1", seed=1, labels=1 - LABELS)
+    assert [len(s.runs) for s in results.settings(results.summaries(tmp_path))] == [1, 1]
+
+
+def test_a_damaged_summary_is_named_and_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path, 0.9, head="v1")
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "summary.json").write_text('{"test": ')
+    assert len(results.summaries(tmp_path)) == 1
+    assert "x/summary.json cannot be read" in capsys.readouterr().err
 
 
 def test_predictions_have_to_be_those_of_the_summary(tmp_path: Path) -> None:

@@ -125,6 +125,23 @@ def test_failing_runs_end_the_search(
     assert "No trial is complete" in said
 
 
+def test_values_that_do_not_go_together_are_no_end(
+    tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """head_depth only applies to head v3."""
+    path = write(tmp_path, tiny_flags, head={"values": ["v1"]}, head_depth={"value": 4})
+    for _ in range(2):  # the second start finds nothing left to do
+        assert not open_search(path).run(2)
+    assert capsys.readouterr().out.count("is no run: ") == 2
+
+
+def test_a_flag_may_not_replace_what_is_searched(tiny_flags: list[str], tmp_path: Path) -> None:
+    path = write(tmp_path, tiny_flags, lr=LR)
+    flags = ["--lr=3e-5"]
+    with pytest.raises(ConfigError, match="varies it"):
+        Search(sweeps.load(path), [*flags], "random", 0)
+
+
 def test_distributions() -> None:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     trial = study.ask()
@@ -143,6 +160,9 @@ def test_distributions() -> None:
         <= suggest(trial, "f", {"distribution": "log_uniform", "min": low, "max": high})
         <= 1e-3
     )
+    whole = suggest(trial, "i", {"distribution": "q_uniform", "min": 8, "max": 64, "q": 8})
+    assert isinstance(whole, int)
+    assert whole % 8 == 0
     with pytest.raises(ConfigError, match="normal"):
         suggest(trial, "g", {"distribution": "normal", "min": 0, "max": 1})
     with pytest.raises(ConfigError, match="needs values or min, max"):

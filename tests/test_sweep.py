@@ -118,6 +118,34 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
     assert len(caught.value.problems) == 5
 
 
+@pytest.mark.parametrize(
+    ("parameter", "said"),
+    [
+        ({"min": "1e-5", "max": 1e-3}, "write 1.0e-5"),
+        ({"min": 3}, "needs min and max"),
+        ({"distribution": "int_uniform", "min": 3, "max": 1}, "min not above max"),
+        ({"min": 0, "max": True}, "max got True"),
+        ({"parameters": {"group": "abc"}}, "parameters.x.group got 'abc'"),
+        ({"value": 1, "values": 3}, "values got 3"),
+    ],
+)
+def test_parameters_that_are_none(parameter: dict[str, Any], said: str, tmp_path: Path) -> None:
+    path = write(tmp_path, command=["${program}", "${args}"], parameters={"x": parameter})
+    with pytest.raises(ConfigError, match=said):
+        sweeps.load(path)
+
+
+def test_a_goal_that_is_not_said_is_wandbs(tmp_path: Path) -> None:
+    command = ["${program}", "${args}"]
+    parameters = {"seed": {"value": 1}}
+    path = write(tmp_path, command=command, parameters=parameters, metric={"name": "eval/loss"})
+    assert not sweeps.load(path).maximize
+    path.write_text(
+        yaml.safe_dump({"method": "grid", "command": command, "parameters": parameters})
+    )
+    assert sweeps.load(path).maximize, "of eval/f1, where nothing is said at all"
+
+
 def test_every_run_is_checked_before_one_is_started(tmp_path: Path) -> None:
     path = write(
         tmp_path,

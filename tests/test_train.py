@@ -140,6 +140,30 @@ def test_a_second_run_shows_the_first(
     assert (kept / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("flag", ["--overwrite", "--resume=none"])
+def test_a_job_that_is_queued_again_goes_on(
+    flag: str,
+    tiny_flags: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    fresh_accelerate: Callable[[], None],
+) -> None:
+    """SLURM starts the same command again: it must not start anew each time, for ever."""
+    flags = [*tiny_flags, "--max_steps=8", "--save_minutes=0", "--run_id=x"]
+    assert main(flags) == 0
+    fresh_accelerate()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOOLKIT_FAULT", "raise@data:0:5")
+        assert main([*flags, "--resume=none", "--overwrite"]) == 1
+    fresh_accelerate()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert main([*flags, flag]) == 0
+    assert "Going on after step 4" in capsys.readouterr().out
+    assert main([*flags, flag]) == 0, "complete: its result is shown"
+    assert [p.name for p in sorted((tmp_path / "runs").glob("x*"))] == ["x", "x.old-1"]
+
+
 def test_a_folder_of_another_run_is_not_taken_for_this_one(
     finished: tuple[list[str], Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -64,6 +64,15 @@ def _test_metrics(folder: Path) -> dict[str, Any]:
     return {summary["run_id"]: summary["test"] for summary in summaries}
 
 
+def test_a_run_gets_the_cores_of_its_job(bench: Bench) -> None:
+    """srun by itself would give it one."""
+    flags = ["--run_id=wide", "--cpu_threads=None"]
+    bench.wait(bench.train("--cpus-per-task=2", "--time=5", flags=flags))
+    assert bench.status("wide")["status"] == "completed", bench.logs()
+    facts = json.loads((bench.run_folder("wide") / "run.json").read_text())
+    assert facts["cpu_threads"] == 2
+
+
 def test_two_nodes(bench: Bench) -> None:
     job = bench.train("--nodes=2", "--cpus-per-task=1", "--time=5", flags=["--run_id=two"])
     bench.wait(job)

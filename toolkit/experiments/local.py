@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -39,11 +40,12 @@ class LocalRunner:
 
     def run(self, retry_failed: bool) -> bool:
         """Run what is not complete; return whether all runs of the sweep are complete now."""
-        todo = [run for run in self.runs if read_state(run.folder).is_to_do(retry_failed)]
-        done = sum(read_state(run.folder).kind == "completed" for run in self.runs)
-        others = len(self.runs) - done - len(todo)
-        hint = f", {others} running, failed or stopped (--retry_failed)" if others else ""
-        say(f"{len(self.runs)} runs: {done} completed, {len(todo)} to do{hint}")
+        states = [(run, read_state(run.folder)) for run in self.runs]
+        todo = [run for run, state in states if state.is_to_do(retry_failed)]
+        kinds = Counter(state.kind for _, state in states if not state.is_to_do(retry_failed))
+        rest = "".join(f", {count} {kind}" for kind, count in kinds.items() if kind != "completed")
+        hint = " (--retry_failed)" if {"failed", "stopped"} & kinds.keys() else ""
+        say(f"{len(states)} runs: {kinds['completed']} completed, {len(todo)} to do{rest}{hint}")
         with forwarding(self), ThreadPoolExecutor(self.jobs) as pool:
             list(pool.map(self._run_one, todo))
         return all(read_state(run.folder).kind == "completed" for run in self.runs)

@@ -1,9 +1,11 @@
 """W&B as a mirror of the journal: it may be absent, slow or down, and the run goes on."""
 
+import configparser
 import json
 import netrc
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlparse
@@ -108,8 +110,13 @@ def wandb_mode() -> str:
 
 
 def wandb_url() -> str:
-    """Return the address of W&B's server."""
-    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    """Return the address of W&B's server: the environment's, or what `wandb login --host` noted."""
+    noted = configparser.ConfigParser()
+    folder = os.environ.get("WANDB_CONFIG_DIR") or Path.home() / ".config" / "wandb"
+    with suppress(configparser.Error):
+        noted.read(Path(folder, "settings"))
+    ours = os.environ.get("WANDB_BASE_URL")
+    return str(ours or noted.get("default", "base_url", fallback="https://api.wandb.ai"))
 
 
 def has_wandb_key() -> bool:
@@ -117,7 +124,8 @@ def has_wandb_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(wandb_url()).hostname
+    place = os.environ.get("NETRC") or str(Path.home() / ".netrc")  # named: else modes are checked
     try:
-        return bool(host and netrc.netrc(os.environ.get("NETRC")).authenticators(host))
+        return bool(host and netrc.netrc(place).authenticators(host))
     except (OSError, netrc.NetrcParseError):
         return False
