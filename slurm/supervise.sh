@@ -32,7 +32,7 @@ supervise() {
     MASTER=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     MASTER_PORT=$((15000 + SLURM_JOB_ID % 15000)) # array tasks on one node never meet
     export MASTER MASTER_PORT
-    # srun does not take the job's own value any more since SLURM 22.05, but one core
+    # since SLURM 22.05 srun does not take the job's value over: where tasks are bound, it may get one core
     if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
     wait_for srun --kill-on-bad-exit=1 "$TOOLKIT_ROOT/slurm/node.sh" "${@:2}"
     requeue_if_asked "$1"

@@ -65,12 +65,12 @@ def _test_metrics(folder: Path) -> dict[str, Any]:
 
 
 def test_a_run_gets_the_cores_of_its_job(bench: Bench) -> None:
-    """srun by itself would give it one."""
-    flags = ["--run_id=wide", "--cpu_threads=None"]
-    bench.wait(bench.train("--cpus-per-task=2", "--time=5", flags=flags))
-    assert bench.status("wide")["status"] == "completed", bench.logs()
-    facts = json.loads((bench.run_folder("wide") / "run.json").read_text())
-    assert facts["cpu_threads"] == 2
+    """Neither more nor fewer."""
+    for cores in (1, 2):
+        flags = [f"--run_id=on-{cores}", "--cpu_threads=None", "--max_steps=2"]
+        bench.wait(bench.train(f"--cpus-per-task={cores}", "--time=5", flags=flags))
+        facts = json.loads((bench.run_folder(f"on-{cores}") / "run.json").read_text())
+        assert facts["cpu_threads"] == cores, bench.logs()
 
 
 def test_two_nodes(bench: Bench) -> None:
