@@ -12,5 +12,5 @@ cd "$root"
 "$venv/bin/ruff" format --check .
 "$venv/bin/ruff" check .
 "$venv/bin/mypy"
-# most tests wait for processes to start or to end: two files at a time take little more than half as long
-exec "$venv/bin/python" -m pytest -n 2 --dist loadfile "$@"
+# most tests wait for processes to start or to end: three files at a time keep two cores busy
+exec "$venv/bin/python" -m pytest -n 3 --dist loadfile "$@"
