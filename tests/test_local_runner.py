@@ -79,6 +79,8 @@ def test_a_stop_loses_nothing(tiny_flags: list[str], tmp_path: Path) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)  # `timeout` signals twice; that is one request
         out, _ = process.communicate(timeout=60)
     assert process.returncode == 75, out
     assert "the same command goes on from there" in out

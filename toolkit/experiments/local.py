@@ -22,6 +22,7 @@ from toolkit.console import say
 from toolkit.errors import ConfigError
 from toolkit.experiments.states import read_state
 from toolkit.experiments.sweep import Run
+from toolkit.stop import ECHO_SECONDS
 
 Thing = TypeVar("Thing")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
@@ -195,10 +196,15 @@ class Stoppable(Protocol):
 def forwarding(runner: Stoppable) -> Iterator[None]:
     """Let a signal stop the runner; a second one does not wait for what does not listen."""
 
+    since = 0.0
+
     def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal since
         if runner.stopping:
-            runner.terminate()
+            if time.monotonic() - since > ECHO_SECONDS:
+                runner.terminate()
             return
+        since = time.monotonic()
         say("Stopping: the runs under way save and end; the same command goes on from there.")
         runner.stop()
 
