@@ -7,6 +7,9 @@ asked=()
 trap 'asked=(--asked); touch "$TOOLKIT_STOP_FILE"' USR2
 export PATH="${VENV:-$TOOLKIT_ROOT/.venv}/bin:$PATH" PYTHONPATH="$TOOLKIT_ROOT${PYTHONPATH:+:$PYTHONPATH}"
 
+TOOLKIT_LOG=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p') # `sweep status` names it
+export TOOLKIT_LOG
+
 toolkit() { python -m toolkit "$@"; }
 
 is_asked() { ((${#asked[@]} > 0)); }

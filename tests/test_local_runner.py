@@ -53,6 +53,10 @@ def test_one_that_fails_stops_no_other(
     data.write_bytes((Path(good) / "train.csv").read_bytes())
     assert main(["run", str(path)]) == 1
     assert "1 completed, 0 to do, 1 failed" in capsys.readouterr().out
+    assert main(["status", str(path)]) == 0
+    [line] = [text for text in capsys.readouterr().out.splitlines() if "data_error" in text]
+    log = Path(line.partition("(log ")[2].rstrip(")"))
+    assert "late.csv" in log.read_text()
     assert main(["run", str(path), "--retry_failed"]) == 0
     assert "2 of 2 runs are complete" in capsys.readouterr().out
     assert main(["status", str(path)]) == 0

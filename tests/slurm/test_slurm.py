@@ -155,7 +155,9 @@ def test_a_failed_task_is_retried_alone(bench: Bench) -> None:
     job = bench.by_hand("--array=2", "--begin=now+5", **fault)
     assert "3 waiting, 1 queued" in bench.sweep("status")
     bench.wait(job)
-    assert "crashed" in bench.sweep("status").splitlines()[2]
+    line = bench.sweep("status").splitlines()[2]
+    assert "crashed" in line
+    assert "injected" in Path(line.partition("(log ")[2].rstrip(")")).read_text()
     said = bench.sweep("submit", "--cpus-per-task=1")
     assert "Submitted 3 of 4" in said
     bench.wait(said.split("array ")[1].split()[0])

@@ -85,7 +85,11 @@ class LocalRunner:
         state = read_state(run.folder)
         text = f"[{run.index}] {run.run_id}  {state.kind} after {seconds:.0f} s  {state.describe()}"
         if state.kind != "completed":
-            text += f"  (exit code {code}, log {log_file(run)})"
+            text += (
+                f"  (exit code {code})"
+                if state.log
+                else f"  (exit code {code}, log {log_file(run)})"
+            )
         say(text)
 
     def stop(self) -> None:
@@ -110,7 +114,8 @@ def start(run: Run, **environment: str) -> "subprocess.Popen[bytes]":
     log.parent.mkdir(parents=True, exist_ok=True)
     # the launcher that was installed with this Python, whether its environment is activated or not
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    settings = {"PATH": path, "TOOLKIT_STOP_FILE": str(_stop_file(run).absolute())}
+    settings = {"PATH": path, "TOOLKIT_LOG": str(log)}
+    settings |= {"TOOLKIT_STOP_FILE": str(_stop_file(run).absolute())}
     try:
         with log.open("ab") as file:
             return subprocess.Popen(

@@ -22,6 +22,8 @@ class State:
     """What `status.json` says."""
     message: str = ""
     """Why it failed."""
+    log: str | None = None
+    """What the run printed, if whoever started it said where."""
     step: int = 0
     num_steps: int | None = None
     seconds_left: float | None = None
@@ -43,7 +45,8 @@ class State:
         if self.kind == "completed":
             return "F1 n/a" if self.f1 is None else f"F1 {self.f1:.4f}"
         if self.kind == "failed":
-            return f"{self.status}: {self.message.splitlines()[0] if self.message else ''}"
+            place = f"  (log {self.log})" if self.log else ""
+            return f"{self.status}: {self.message.splitlines()[0] if self.message else ''}{place}"
         if not self.num_steps:
             return ""
         eta = "" if self.seconds_left is None else f", {duration(self.seconds_left)} left"
@@ -65,12 +68,12 @@ def read_state(path: Path) -> State:
         alive = status == "running" and RunFolder(path).in_use()
         kind: Kind = "running" if alive else "lost" if status == "running" else "preempted"
         left = (num_steps - step) / rate if num_steps and rate else None
-        return State(kind, status, "", step, num_steps, left)
+        return State(kind, status, "", None, step, num_steps, left)
     if status == "stopped":
-        return State("stopped", status, "", step, num_steps)
+        return State("stopped", status, "", None, step, num_steps)
     smaller = status == "oom" and bool(facts.get("smaller_helps"))
-    message = str(facts.get("message", ""))
-    return State("failed", status, message, step, num_steps, wants_smaller_batches=smaller)
+    message, log = str(facts.get("message", "")), facts.get("log")
+    return State("failed", status, message, log, step, num_steps, wants_smaller_batches=smaller)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -216,6 +216,8 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         facts = {"status": status, "time": stamp, "start": self.start}
+        if "TOOLKIT_LOG" in os.environ:  # whoever started us tells where our output goes
+            facts["log"] = os.environ["TOOLKIT_LOG"]
         write_json(self.path / "status.json", redact_values(facts | detail))
 
     def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
