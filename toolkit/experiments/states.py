@@ -68,9 +68,9 @@ def read_state(path: Path) -> State:
         alive = status == "running" and RunFolder(path).in_use()
         kind: Kind = "running" if alive else "lost" if status == "running" else "preempted"
         left = (num_steps - step) / rate if num_steps and rate else None
-        return State(kind, status, "", None, step, num_steps, left)
+        return State(kind, status, step=step, num_steps=num_steps, seconds_left=left)
     if status == "stopped":
-        return State("stopped", status, "", None, step, num_steps)
+        return State("stopped", status, step=step, num_steps=num_steps)
     smaller = status == "oom" and bool(facts.get("smaller_helps"))
     message, log = str(facts.get("message", "")), facts.get("log")
     return State("failed", status, message, log, step, num_steps, wants_smaller_batches=smaller)
