@@ -278,17 +278,21 @@ def test_out_of_memory_later(make: MakeSubject, in_fp32: Subject, config: str) -
 
 
 def test_out_of_memory_where_ranks_cannot_meet_again(make: MakeSubject) -> None:
-    """ZeRO-3 exchanges parameters in the forward pass: the run ends, the next start takes care.
+    """ZeRO-3 exchanges parameters in the forward pass: all ranks start again, in place.
 
     In the first step: bit for bit the run that was started with smaller micro-batches.
     """
     small = make("--grad_accum=2", "--max_steps=6", config="zero3")
     assert small.run() == 0
-    subject = make("--max_steps=6", config="zero3")
-    assert subject.run("oom@forward:1:1") != 0
-    assert subject.status["status"] == "oom", subject.status
-    assert "micro-batches half as large" in subject.said()
-    assert subject.run() == 0, subject.said()
+    subject = make("--max_steps=6", "--track=wandb", config="zero3")
+    started = subject.start("oom@forward:1:1,stop@data:1:4")
+    subject.wait_for(lambda: subject.has_logged(3), 90)
+    assert "all start again from the last checkpoint" in subject.said()
+    for rank, worker in enumerate(subject.workers()):
+        assert len(worker.children()) == (rank == 0), "W&B's process of before is gone"
+        worker.send_signal(signal.SIGCONT)
+    assert subject.end(started) == 0, subject.said()
+    assert not list(subject.runs.glob("*.old-*")), "what was begun is not an earlier run"
     ours, theirs = subject.result(), small.result()
     assert ours == theirs, [key for key in ours if ours[key] != theirs[key]]
 
@@ -296,17 +300,43 @@ def test_out_of_memory_where_ranks_cannot_meet_again(make: MakeSubject) -> None:
 def test_out_of_memory_later_where_ranks_cannot_meet_again(
     make: MakeSubject, in_fp32: Subject
 ) -> None:
-    """Half-way through, in the backward pass: what was done stays, the rest is cut smaller."""
+    """Twice, in the backward pass: what was done stays, the rest is cut smaller."""
     subject = make("--precision=fp32", "--max_steps=30", "--save_minutes=0", config="zero3")
-    assert subject.run("oom@backward:0:6") != 0
-    assert subject.status["status"] == "oom", subject.status
+    assert subject.run("oom@backward:0:6,oom@backward:1:9") == 0, subject.said()
+    for step in (5, 8):
+        assert f"Going on after step {step}," in subject.said()
+    assert subject.steps() == [*range(1, 31)]
+    assert_close(subject, in_fp32)
+    notes = json.loads(
+        (subject.folder / "checkpoints" / "step-000030" / "progress.json").read_text()
+    )
+    assert notes["progress"]["split"] == 4
+    assert notes["progress"]["overall"]["rows"] == 30 * 16
+
+
+def test_stopped_while_out_of_memory(make: MakeSubject, in_fp32: Subject) -> None:
+    """The request reaches the processes that start again; the next start keeps the smaller cut."""
+    subject = make("--precision=fp32", "--max_steps=30", "--save_minutes=0", config="zero3")
+    assert subject.run("term@forward:1:6,oom@backward:1:6") != 0
+    assert subject.status["status"] == "preempted", subject.said()
+    assert subject.newest_step() == 5
     assert subject.run() == 0, subject.said()
-    assert "Going on after step 5" in subject.said()
     assert_close(subject, in_fp32)
     notes = json.loads(
         (subject.folder / "checkpoints" / "step-000030" / "progress.json").read_text()
     )
     assert notes["progress"]["split"] == 2
+
+
+@pytest.mark.parametrize("config", ["cpu2", "zero3"])
+def test_out_of_memory_with_single_reviews(make: MakeSubject, config: str) -> None:
+    """Micro-batches of one review cannot be cut: the run ends, and says so."""
+    subject = make("--grad_accum=8", "--max_steps=6", config=config)
+    assert subject.run("oom@forward:1:2") != 0
+    assert subject.status["status"] == "oom"
+    assert "Smaller micro-batches do not help here" in subject.said()
+    assert "all start again" not in subject.said()
+    assert not subject.workers()
 
 
 @pytest.mark.parametrize(

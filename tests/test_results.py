@@ -166,8 +166,7 @@ def test_states(tmp_path: Path) -> None:
     assert (state.kind, state.step, state.num_steps) == ("lost", 40, 100)
     assert state.seconds_left == pytest.approx(30)
     assert state.is_open
-    write("oom", split=4, smaller_helps=True, message="out of memory\nmore")
-    assert read_state(tmp_path).wants_smaller_batches
+    write("oom", split=4, message="out of memory\nmore")
     assert read_state(tmp_path).describe() == "oom: out of memory"
     assert not read_state(tmp_path).is_open
     write("preempted")

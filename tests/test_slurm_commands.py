@@ -123,8 +123,7 @@ def test_a_refusal_of_sbatch_is_shown(
         ({"status": "completed"}, True, 0, False),
         ({"status": "diverged"}, True, 0, False),
         ({"status": "crashed"}, True, 0, False),
-        ({"status": "oom", "split": 2, "smaller_helps": True}, False, 0, True),
-        ({"status": "oom", "split": 16, "smaller_helps": False}, False, 0, False),
+        ({"status": "oom", "split": 16}, True, 0, False),
         ({}, True, 0, True),
     ],
 )

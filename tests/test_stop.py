@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -43,6 +44,29 @@ def test_raising_interrupts() -> None:
         asked.start()
         with pytest.raises(Preempted), stop.raising():
             time.sleep(5)
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_leaving_where_no_handler_gets_to_run(late: bool) -> None:
+    """As in torch's meeting of the ranks; or asked just before it."""
+    program = f"""
+    import os, signal, threading, time
+    from toolkit.stop import Stop
+
+    with Stop() as stop:
+        asked = threading.Timer(0.3 if {late} else 0, os.kill, (os.getpid(), signal.SIGTERM))
+        asked.start()
+        while not ({late} or stop.requested):
+            time.sleep(0.01)
+        with stop.leaving(lambda: print("last words", flush=True)):
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # in this thread only
+            time.sleep(20)
+    """
+    began = time.monotonic()
+    done = run_python("-c", textwrap.dedent(program))
+    assert done.returncode == Preempted.exit_code, done.stderr
+    assert done.stdout == "last words\n"
+    assert time.monotonic() - began < 15
 
 
 def test_a_file_on_a_disk_that_fails_for_a_while(

@@ -12,7 +12,9 @@ from toolkit.stop import Stop
 
 
 def make(folder: Path, rank: int, stop: Stop | None = None, timeout: float = 120) -> Watchdog:
-    watchdog = Watchdog(folder, 3, Phases(rank), stop or Stop(), timeout, on_lost=print)
+    watchdog = Watchdog(
+        folder, 3, Phases(rank), stop or Stop(), timeout, on_lost=print, on_beat=lambda: None
+    )
     path = folder / f"{rank}.json"
     watchdog.file = os.open(path, os.O_WRONLY | os.O_CREAT)
     return watchdog

@@ -39,6 +39,7 @@ from toolkit.record.progress import TrainingProgress
 from toolkit.record.provenance import provenance
 from toolkit.record.tracking import Tracker, is_agents_run, wandb_arguments
 from toolkit.redact import redact_values
+from toolkit.restart import MEETING_SECONDS, Restart
 from toolkit.saving import Saving
 from toolkit.stop import Stop
 
@@ -61,13 +62,16 @@ def run(
         point: a verified checkpoint to go on from, or None; the main process's counts.
         stop: whether to stop.
     """
+    restart = Restart(stop)
     try:
-        runtime = Runtime(config.precision, config.cpu_threads, config.rank_timeout)
-        folder.start, folder.split, point = runtime.from_main((folder.start, folder.split, point))
+        with stop.leaving(lambda: _record_early_stop(folder)):
+            runtime = Runtime(config.precision, config.cpu_threads, config.rank_timeout)
+            known = (folder.start, folder.split, point)
+            folder.start, folder.split, point = runtime.from_main(known)
     except Exception as error:
         folder.record_crash("crashed", message=f"the processes did not come together: {error}")
         raise
-    this = Run(config, tokens, encoder, folder, runtime, point, stop)
+    this = Run(config, tokens, encoder, folder, runtime, point, stop, restart)
     this.watchdog.start()
     try:
         this.execute()
@@ -78,6 +82,10 @@ def run(
         this.tracker.finish()  # last: it may wait for the network
     runtime.end()
     return 0
+
+
+def _record_early_stop(folder: RunFolder) -> None:
+    folder.record_crash("preempted", message=str(Preempted()), split=folder.split)
 
 
 def _status(error: BaseException) -> str:
@@ -100,6 +108,7 @@ class Run:
         runtime: Runtime,
         point: Path | None,
         stop: Stop,
+        restart: Restart,
     ) -> None:
         self.config = config
         self.tokens = tokens
@@ -108,6 +117,7 @@ class Run:
         self.runtime = runtime
         self.point = point
         self.stop = stop
+        self.restart = restart
         self.padded = _is_padded(config, runtime)
         self.tracker = Tracker()
         self.best: dict[str, Any] | None = None
@@ -121,6 +131,7 @@ class Run:
             stop,
             config.rank_timeout,
             self.on_lost,
+            self.join_restart,
         )
 
     def execute(self) -> None:
@@ -144,11 +155,12 @@ class Run:
             raise error
         place = f"rank {self.runtime.rank}, phase {self.runtime.phases}"
         text = f"{place}: {type(error).__name__}: {error}"
+        if self._smaller_helps(error):
+            self.restart_smaller(text)
         if self.runtime.world_size > 1 and _is_about_others(error):
             text += f"\n{self.watchdog.find_lost()}"
-        again = self._smaller_helps(error)
-        split = self.progress.split * (2 if again else 1)
-        self.folder.record_crash(_status(error), message=text, split=split, smaller_helps=again)
+            self.join_restart()
+        self.folder.record_crash(_status(error), message=text, split=self.progress.split)
         complain(f"{traceback.format_exc()}error in {text}{self._advice(error)}")
         self.tracker.finish(exit_code=1)
         return 1
@@ -168,17 +180,28 @@ class Run:
     def _smaller_helps(self, error: BaseException) -> bool:
         """Tell whether smaller micro-batches would have fitted into memory."""
         in_step = self.runtime.phases.name in ("data", "forward", "backward")
-        whole = self.progress.split < self.config.batch_size  # more cuts than reviews help nobody
-        return _status(error) == "oom" and in_step and whole
+        pieces = self.progress.split * self.config.grad_accum * self.runtime.world_size
+        return _status(error) == "oom" and in_step and pieces < self.config.batch_size
+
+    def restart_smaller(self, text: str) -> None:
+        """Start all ranks again, with micro-batches half as large; the others look once a second."""
+        split = self.progress.split * 2
+        moment = time.time() + MEETING_SECONDS
+        moment = self.folder.record_restart(moment, message=text, split=split)
+        complain(
+            f"Out of memory ({text}). The ranks cannot meet again in mid-step: all start again from "
+            f"the last checkpoint, with each step's rows in {split} times as many micro-batches."
+        )
+        self.restart.at(moment, self.runtime.phases.faults_left())
+
+    def join_restart(self) -> None:
+        """Start this rank again, if one of them said that all do."""
+        if moment := self.folder.restarts_at:
+            self.restart.at(moment, self.runtime.phases.faults_left())
 
     def _advice(self, error: BaseException) -> str:
         if _status(error) != "oom":
             return ""
-        if self._smaller_helps(error):
-            return (
-                "\nThe same command goes on from the last checkpoint, with micro-batches half as "
-                "large: the result stays the same."
-            )
         if self.runtime.phases.name == "evaluate":
             return f"\nEvaluate in smaller pieces: --eval_tokens {self.config.max_length}"
         return (

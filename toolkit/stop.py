@@ -1,7 +1,8 @@
 """Being asked to stop: by a signal, by a file, or by the death of the launcher.
 
 A request is only noted; the ranks agree on it at the next step boundary and save. While data is
-prepared, when there is nothing to save and no other rank to agree with, it raises `Preempted`.
+prepared, when there is nothing to save and no other rank to agree with, it raises `Preempted`; while
+the ranks wait for each other to come, it ends the process.
 A second request by signal leaves at once.
 """
 
@@ -13,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -45,6 +46,7 @@ class Stop:
         self.by_scheduler = False
         """The request came by a file or by SIGUSR2, as the templates for SLURM make it."""
         self._raises = False
+        self._last_words: Callable[[], None] | None = None
         self._by_file = False
 
     def __enter__(self) -> "Stop":
@@ -57,6 +59,7 @@ class Stop:
         self._old_handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
         self._thread = threading.Thread(target=self._listen, name="stop", daemon=True)
         self._thread.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # `Restart` held them back for us
         if _has_launcher():
             _ask_for_hangup_with_parent()
         return self
@@ -84,6 +87,26 @@ class Stop:
             yield
         finally:
             self._raises = False
+
+    @contextmanager
+    def leaving(self, last_words: Callable[[], None]) -> Iterator[None]:
+        """End this process upon a request in the block, which waits where no handler gets to run.
+
+        Args:
+            last_words: called before that.
+        """
+        self._last_words = last_words
+        try:
+            if self.requested:
+                self._leave()
+            yield
+        finally:
+            self._last_words = None
+
+    def _leave(self) -> None:
+        if self._last_words:
+            self._last_words()
+            os._exit(Preempted.exit_code)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._raises:
@@ -123,6 +146,7 @@ class Stop:
             self.requested, self.since = True, now
             self.by_scheduler = self._by_file or number == signal.SIGUSR2
             self.deadline = math.inf if self._by_file else now + _shutdown_seconds()
+            self._leave()
 
 
 def _shutdown_seconds() -> float:

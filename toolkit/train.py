@@ -35,6 +35,7 @@ from toolkit.record.journal import RunFolder
 from toolkit.record.metrics import table
 from toolkit.record.tracking import is_agents_run, replay, wandb_arguments
 from toolkit.redact import redact_values
+from toolkit.restart import is_in_place, is_restarted
 from toolkit.stop import Stop
 
 CLAIM_SECONDS = 30.0
@@ -80,7 +81,7 @@ def start(config: RunConfig, turn: Turn, stop: Stop) -> int:
         if turn.is_main:
             folder.record_failure(getattr(failure, "status", "io_error"), str(failure))
         raise failure from error
-    if folder.status == "completed" and not (config.overwrite and not is_requeued()):
+    if folder.status == "completed" and not (config.overwrite and not is_restarted()):
         return show_result(config, tokens, folder, turn)
     if turn.is_main:
         say(describe(tokens))
@@ -110,8 +111,8 @@ def open_folder(config: RunConfig, tokens: TokenCache, folder: RunFolder) -> Pat
     resume = config.resume
     if config.overwrite and folder.status == "completed":
         resume = "none"
-    elif resume == "none" and is_requeued():
-        say("This job was queued again: it goes on, whatever --resume says")
+    elif resume == "none" and is_restarted():
+        say("This start has begun before: it goes on, whatever --resume says")
         resume = "auto"
     if resume != "none" and folder.status == "completed":
         raise ConfigError(
@@ -126,13 +127,8 @@ def open_folder(config: RunConfig, tokens: TokenCache, folder: RunFolder) -> Pat
     except CheckpointError as error:
         folder.set_status(error.status, message=str(error))
         raise
-    folder.open(point)
+    folder.open(point, is_own=is_in_place())
     return point
-
-
-def is_requeued() -> bool:
-    """Tell whether SLURM has started this job before."""
-    return int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
 
 
 def describe_plan(config: RunConfig, num_rows: int) -> str:

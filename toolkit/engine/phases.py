@@ -65,6 +65,11 @@ class Phases:
         if self.faults:
             self._fail()
 
+    def faults_left(self) -> str:
+        """Return what did not happen yet, as the variable says it."""
+        left = self.faults.items()
+        return ",".join(f"{kind}@{phase}:{self.rank}:{step}" for (phase, step), kind in left)
+
     def _fail(self) -> None:
         kind = self.faults.pop((self.name, self.step), None)
         if kind in SIGNALS:

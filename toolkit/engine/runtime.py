@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from toolkit.data.batches import Batch
 from toolkit.data.hashing import key64
+from toolkit.engine.meeting import init_method
 from toolkit.engine.phases import Phases
 from toolkit.engine.replicas import MOMENTS, Replicas, State, set_updates, updates, whole_shape
 from toolkit.engine.zero import Zero
@@ -313,6 +314,7 @@ def _accelerator(on_cpu: bool, rank_timeout: float) -> Accelerator:
             DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
             InitProcessGroupKwargs(
                 backend="gloo" if zero_on_cpu else None,
+                init_method=init_method(),
                 timeout=timedelta(seconds=rank_timeout + SPARE_SECONDS),
             ),
         ],

@@ -41,6 +41,7 @@ class Watchdog:
         stop: Stop,
         timeout: float,
         on_lost: Callable[[str], None],
+        on_beat: Callable[[], None],
     ) -> None:
         self.folder = folder
         self.world_size = world_size
@@ -48,6 +49,7 @@ class Watchdog:
         self.stop = stop
         self.timeout = timeout
         self.on_lost = on_lost
+        self.on_beat = on_beat
         self.host, self.pid = socket.gethostname(), os.getpid()
         self.beats = 0
         self.file = -1
@@ -75,6 +77,7 @@ class Watchdog:
             self.note()
             with suppress(OSError):
                 os.fsync(self.file)  # for the other machines
+            self.on_beat()
             if self._overdue():
                 self._give_up()
 

@@ -8,6 +8,7 @@ pickles, are never needed. Read with DeepSpeed 0.19.8.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -45,6 +46,8 @@ class Zero:
             # offloaded shards are updated by torch's fused AdamW too: no compiler, same rounding
             "zero_force_ds_cpu_optimizer": False,
         }
+        # DeepSpeed calls by names that torch 2.13 is renaming, and each of them would say so
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
     def precision_plan(self) -> dict[str, str]:
         """Say in which precision what is kept, as found in the objects themselves."""

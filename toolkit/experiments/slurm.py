@@ -123,17 +123,14 @@ def _folders(place: str, command: str, indexes: list[int]) -> list[Path]:
 
 
 def wants_requeue(folder: Path | None, asked: bool, restarts: int, max_requeues: int) -> bool:
-    """Tell whether a job should queue again: its run was interrupted, or needs smaller batches.
+    """Tell whether a job should queue again: its run was interrupted by the scheduler.
 
     A run that failed, diverged or is complete would only do so again; one that was stopped by hand,
     and not by the scheduler, was meant to stop. Without a folder, a W&B agent's job, asking decides.
     """
     if restarts >= max_requeues:
         return False
-    if folder is None:
-        return asked
-    state = read_state(folder)
-    return (asked and state.is_open) or state.wants_smaller_batches
+    return asked and (folder is None or read_state(folder).is_open)
 
 
 def was_preempted() -> bool:

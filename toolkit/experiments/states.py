@@ -28,8 +28,6 @@ class State:
     num_steps: int | None = None
     seconds_left: float | None = None
     f1: float | None = None
-    wants_smaller_batches: bool = False
-    """It ran out of memory, and the same command goes on with smaller micro-batches."""
 
     @property
     def is_open(self) -> bool:
@@ -71,9 +69,8 @@ def read_state(path: Path) -> State:
         return State(kind, status, step=step, num_steps=num_steps, seconds_left=left)
     if status == "stopped":
         return State("stopped", status, step=step, num_steps=num_steps)
-    smaller = status == "oom" and bool(facts.get("smaller_helps"))
     message, log = str(facts.get("message", "")), facts.get("log")
-    return State("failed", status, message, log, step, num_steps, wants_smaller_batches=smaller)
+    return State("failed", status, message, log, step, num_steps)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -90,11 +90,19 @@ class RunFolder:
                 raise ConfigError([f"{self.path} exists and is not a run folder; {hint}"])
             yield
 
-    def open(self, point: Path | None) -> None:
-        """Make a claimed folder ready to write: a new one, or what a checkpoint goes on from."""
+    def open(self, point: Path | None, *, is_own: bool = False) -> None:
+        """Make a claimed folder ready to write: a new one, or what a checkpoint goes on from.
+
+        Args:
+            point: the checkpoint, or None to begin at the first step.
+            is_own: the folder holds nothing but what this very start has written: without a
+                checkpoint, lines that are about to be written again.
+        """
         self.split = int(self._read_status().get("split", 1))
         self.start = uuid.uuid4().hex[:8]
-        if point is None:
+        if point is None and is_own:
+            self.rewind(0, None)
+        elif point is None:
             self._move_aside()
             self.set_status("running", split=self.split)
         elif point.resolve().parent == self.checkpoints.resolve():
@@ -158,7 +166,22 @@ class RunFolder:
         """Record an end before the first step, unless a result or another process is there."""
         with suppress(ConfigError), self._lock():
             if self.status != "completed" and self._is_ours():
-                self.set_status(status, message=message)
+                self.set_status(status, message=message, split=self._read_status().get("split", 1))
+
+    def record_restart(self, moment: float, **detail: Any) -> float:
+        """Let all ranks of this start begin again together; return when, `moment` or a rank's before.
+
+        The status stays "running": if nobody gets that far, the run is one whose processes are gone.
+        """
+        if self.restarts_at is None:
+            self.record_crash("running", restarts_at=moment, **detail)
+        return self.restarts_at or moment
+
+    @property
+    def restarts_at(self) -> float | None:
+        """When this start is to begin again, if a rank has said so."""
+        now = self._read_status()
+        return now.get("restarts_at") if now.get("start") == self.start else None
 
     def record_crash(self, status: str, **detail: Any) -> None:
         """Record an end that not all ranks agreed on: the first to notice knows best.

@@ -1,0 +1,83 @@
+"""Starting this process again in its place: same process id, so its launcher notices nothing.
+
+For ranks that cannot meet again after a failure, since they do not know which collectives the others
+have run. They leave together, and meet as new processes that go on from the last checkpoint. What
+belonged to the failure, memory most of all, is gone for certain.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import NoReturn
+
+import psutil
+
+from toolkit.stop import SIGNALS, Stop
+
+COUNT = "TORCHELASTIC_RESTART_COUNT"
+STRIDE = 1000
+"""Torchrun's own restarts count by one, from 0."""
+MEETING_SECONDS = 3.0
+"""Until when every rank has heard of it: each looks once a second."""
+
+CHILDREN_SECONDS = 1.0
+
+
+class Restart:
+    """How this process was started; made before anything changes the environment."""
+
+    def __init__(self, stop: Stop) -> None:
+        self.stop = stop
+        self.command = [sys.executable, *sys.orig_argv[1:]]
+        self.environment = dict(os.environ)
+
+    def at(self, moment: float, faults: str) -> NoReturn:
+        """Replace this process by a new one of the same command.
+
+        Args:
+            moment: when, as `time.time()` counts; for all ranks the same, so that none sees
+                another one gone and calls that a failure.
+            faults: what is left to inject.
+        """
+        time.sleep(min(max(0.0, moment - time.time()), MEETING_SECONDS))
+        environment = self.environment | {COUNT: str(attempt() + STRIDE), "TOOLKIT_FAULT": faults}
+        sys.stdout.flush()
+        self._pass_on_requests()
+        _leave_nothing()
+        os.execve(sys.executable, self.command, environment)
+
+    def _pass_on_requests(self) -> None:
+        """Hold signals back until the new process listens, and repeat one that has come."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        if self.stop.requested:
+            number = signal.SIGUSR2 if self.stop.by_scheduler else signal.SIGTERM
+            signal.pthread_kill(threading.get_ident(), number)
+
+
+def _leave_nothing() -> None:
+    """End W&B's process, which would wait for ours to end, and close what libraries left open."""
+    children = psutil.Process().children()
+    for child in children:
+        child.kill()
+    psutil.wait_procs(children, CHILDREN_SECONDS)
+    for name in os.listdir("/dev/fd"):
+        if int(name) > 2 and Path("/dev/fd", name).exists():
+            os.set_inheritable(int(name), False)
+
+
+def attempt() -> int:
+    """Return which of the starts under this launcher this is; all ranks have the same."""
+    return int(os.environ.get(COUNT) or 0)
+
+
+def is_in_place() -> bool:
+    """Tell whether this process is one that started itself again."""
+    return attempt() >= STRIDE
+
+
+def is_restarted() -> bool:
+    """Tell whether this very start, by its launcher or by SLURM, has begun before."""
+    return attempt() > 0 or int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
