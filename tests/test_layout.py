@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "run": BASE | {"config", "data", "model", "engine", "record", "prepare", "restart", "saving"},
     "train": BASE | {"config", "data", "launcher", "record", "prepare", "restart", "run"},
     "experiments": BASE | {"config", "data", "record"},
+    "plan": BASE | {"config", "data", "engine", "experiments", "model", "prepare", "run"},
     "hello": {"console", "engine"},
     "doctor": {"config", "console", "record"},
     "__main__": {"console"},

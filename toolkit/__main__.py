@@ -12,6 +12,7 @@ COMMANDS = {
     "train": ("toolkit.train", "train one classifier in this process"),
     "doctor": ("toolkit.doctor", "is this machine ready? versions, devices, ranks, disk, network"),
     "sweep": ("toolkit.experiments.commands", "many runs: here, on SLURM, or by W&B agents"),
+    "plan": ("toolkit.plan", "what a run will need: memory, micro-batches, time and cost"),
     "prepare": ("toolkit.prepare", "download, check and tokenise the data; needs no GPU"),
 }
 

@@ -30,7 +30,7 @@ from toolkit.engine.optim import OptimSpec, build_optimizer
 from toolkit.engine.runtime import Runtime
 from toolkit.engine.watchdog import Watchdog
 from toolkit.errors import CheckpointError, Preempted, ToolkitError
-from toolkit.model.classifier import ClassifierSpec, build_classifier
+from toolkit.model.classifier import ClassifierSpec, HeadClassifier, build_classifier
 from toolkit.record.checkpoints import Origin
 from toolkit.record.export import save_model, save_predictions
 from toolkit.record.journal import RunFolder
@@ -84,6 +84,41 @@ def run(
     return 0
 
 
+def make_trainer(
+    config: RunConfig,
+    tokens: TokenCache,
+    runtime: Runtime,
+    model: HeadClassifier,
+    padded: bool | None = None,
+) -> Trainer:
+    """Join model, optimizer and data for the loop, and take a step that changes nothing.
+
+    Args:
+        config: what to do.
+        tokens: the data.
+        runtime: where.
+        model: the model, in one piece.
+        padded: instead of what the configuration says.
+    """
+    optim = part(OptimSpec, config)
+    prepared, optimizer = runtime.prepare(
+        model, build_optimizer(model, optim), max_norm=config.max_grad_norm
+    )
+    train_split = tokens.splits["train"]
+    trainer = Trainer(
+        runtime=runtime,
+        model=prepared,
+        optimizer=optimizer,
+        train=train_split,
+        stream=part(Stream, config, num_rows=len(train_split)),
+        padded=_is_padded(config, runtime) if padded is None else padded,
+        spec=part(LoopSpec, config),
+        optim=optim,
+    )
+    runtime.warm_up(lambda model: stand_in_loss(trainer, model))
+    return trainer
+
+
 def _record_early_stop(folder: RunFolder) -> None:
     folder.record_crash("preempted", message=str(Preempted()), split=folder.split)
 
@@ -118,7 +153,6 @@ class Run:
         self.point = point
         self.stop = stop
         self.restart = restart
-        self.padded = _is_padded(config, runtime)
         self.tracker = Tracker()
         self.best: dict[str, Any] | None = None
         self.progress = Progress()
@@ -223,23 +257,8 @@ class Run:
         if self.point:
             weights = read_weights(self.point) if runtime.is_main else {}
             runtime.load_weights(model, weights)
-        optim = part(OptimSpec, config)
-        prepared, optimizer = runtime.prepare(
-            model, build_optimizer(model, optim), max_norm=config.max_grad_norm
-        )
-        self.model = prepared
-        train_split = self.tokens.splits["train"]
-        trainer = Trainer(
-            runtime=runtime,
-            model=prepared,
-            optimizer=optimizer,
-            train=train_split,
-            stream=part(Stream, config, num_rows=len(train_split)),
-            padded=self.padded,
-            spec=part(LoopSpec, config),
-            optim=optim,
-        )
-        runtime.warm_up(lambda model: stand_in_loss(trainer, model))
+        trainer = make_trainer(config, self.tokens, runtime, model)
+        self.model, self.padded = trainer.model, trainer.padded
         self.restore()
         return trainer
 

@@ -171,7 +171,7 @@ def main() -> None:
             options.seed = seed
             turns.append({name: measure(name, options, tokens) for name in options.only})
             say(json.dumps(turns[-1]))
-        figures = summary(turns, peaks, limits.token_flops(encoder, tokens.splits["train"]))
+        figures = summary(turns, peaks, limits.flops_of(encoder, tokens.splits["train"]))
     say(json.dumps(figures, indent=2))
     if options.out:
         options.out.write_text(json.dumps(figures | {"turns": turns}, indent=2) + "\n")

@@ -8,11 +8,11 @@ import os
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from toolkit.console import say
 from toolkit.data.cache import TokenSplit
+from toolkit.engine.estimate import token_flops
 
 SECONDS = 2.0
 
@@ -45,19 +45,11 @@ def _best_seconds(work: object) -> float:
     return best
 
 
-def token_flops(encoder: Path, split: TokenSplit) -> float:
-    """Return the operations that a token needs, forward and backward, in matrix products.
-
-    6 for each weight of the encoder's linear layers, and 12 x features x length for attention, whose
-    length is that of the token's own review.
-    """
+def flops_of(encoder: Path, split: TokenSplit) -> float:
+    """Return the operations that a token of a split needs, forward and backward."""
     config = json.loads((encoder / "config.json").read_text())
     width, inner = config["hidden_size"], config["intermediate_size"]
-    layers = config["num_hidden_layers"]
-    weights = layers * (4 * width * width + 2 * width * inner)
-    lengths = np.diff(split.offsets).astype(float)
-    mean_length = float((lengths**2).sum() / lengths.sum())
-    return 6 * weights + 12 * layers * width * mean_length
+    return token_flops(config["num_hidden_layers"], width, inner, split.offsets)
 
 
 if __name__ == "__main__":

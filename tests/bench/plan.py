@@ -1,0 +1,57 @@
+"""Does `toolkit plan` foresee what a run takes? Predicted over measured, for memory and for a step.
+
+python -m tests.bench.plan            about four minutes; alone, for it takes times
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.programs import ROOT, TRAIN, launcher, run_python
+from toolkit.console import say
+
+ROW = r"^(\w+)\.yaml +\d+ +([\d.]+) +\w+ +([\d.]+) s"
+
+
+def planned(flags: list[str]) -> dict[str, tuple[float, float]]:
+    """Return bytes of a rank and seconds of a step for each launch file."""
+    done = run_python("-m", "toolkit", "plan", *flags, PYTHONPATH=str(ROOT))
+    done.check_returncode()
+    found = re.findall(ROW, done.stdout, re.MULTILINE)
+    return {name: (float(gib) * 2**30, float(step)) for name, gib, step in found}
+
+
+def taken(processes: int, batch_size: int, flags: list[str]) -> tuple[float, float]:
+    """Train; return the same of the run: the peak of the largest process, the mean after warming up."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = [f"--output_dir={folder}", "--run_id=run", "--track=none", "--log_every=10"]
+        command = [sys.executable, *launcher(processes), str(TRAIN), *flags, *place]
+        environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+    rates = [json.loads(line).get("train/reviews_per_s") for line in lines]
+    seconds = [batch_size / rate for rate in rates if rate][1:]
+    return usage.ru_maxrss * 1024, sum(seconds) / len(seconds)
+
+
+def main() -> None:
+    """Print the ratios."""
+    say("batch  launch  memory  step    (predicted / measured)")
+    for batch_size in (16, 64, 256):
+        flags = [f"--batch_size={batch_size}", "--max_steps=40"]
+        plan = planned(flags)
+        for processes, name in ((1, "cpu"), (2, "cpu2")):
+            size, seconds = taken(processes, batch_size, flags)
+            ratios = f"{plan[name][0] / size:>6.2f}  {plan[name][1] / seconds:>4.2f}"
+            say(f"{batch_size:>5}  {name:<6}  {ratios}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""What will a run need? Memory, micro-batches, time and cost, for each way to distribute it.
+
+    python -m toolkit plan --encoder bert-base --batch_size 256                 rate measured here
+    python -m toolkit plan --encoder bert-base --dataset amazon_polarity --memory_gb 80 --tflops 300
+    python -m toolkit plan --sweep configs/sweeps/heads.yaml --price 2.5        what a sweep will cost
+
+Flags of a run (`toolkit train --help`) say what to plan. The data are prepared if they are not yet:
+lengths decide about memory and time. Without --tflops a few steps are timed on this machine.
+"""
+
+import argparse
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import psutil
+
+from toolkit.config import RunConfig, parse, part
+from toolkit.console import complain, say
+from toolkit.data.cache import TokenCache
+from toolkit.errors import ConfigError, ToolkitError
+from toolkit.experiments.plan import costs
+from toolkit.experiments.states import duration
+from toolkit.experiments.sweep import load, runs
+from toolkit.prepare import prepare_data
+
+if TYPE_CHECKING:
+    from toolkit.engine.estimate import Activations, Kind, Rates
+    from toolkit.engine.loop import Trainer
+
+GIB = 2**30
+CUDA_BYTES = 1.0 * GIB
+"""Of a CUDA context with its libraries, before the first tensor; assumed, not measured."""
+LAUNCHES: dict[str, "Kind"] = {
+    "ddp.yaml": "replicas",
+    "zero1.yaml": "zero1",
+    "zero2.yaml": "zero2",
+    "zero2_offload.yaml": "zero2_offload",
+    "zero3.yaml": "zero3",
+}
+POSITIVE = ("num_processes", "memory_gb", "tflops", "bandwidth_gb", "link_gb", "price")
+
+
+class Row(NamedTuple):
+    """What one way to distribute needs."""
+
+    launch: str
+    ranks: int
+    bytes: float
+    """Of each rank, at most."""
+    fits: int
+    """Reviews in a micro-batch that fits into memory."""
+    seconds: float
+    """Of a step."""
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What all rows follow from."""
+
+    trainer: "Trainer"
+    kept: "Activations"
+    rates: "Rates"
+    base: float
+    """Bytes of a process before the model."""
+    parameters: int
+    memory: float
+    """Bytes of a device."""
+    on_cpu: bool
+    """The ranks share this machine's cores and memory."""
+    link: float
+    """Bytes/s between ranks."""
+
+
+def main(argv: list[str]) -> int:
+    """Print the plan; return the exit code."""
+    try:
+        options, flags = _options(argv)
+        config = parse(flags, prog="toolkit plan")
+        tokens, encoder = prepare_data(config)
+        ground = survey(config, tokens, encoder, options)
+        report(config, tokens, ground, options)
+    except ToolkitError as error:
+        complain(f"error: {error}")
+        return error.exit_code
+    return 0
+
+
+def _options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    made = argparse.ArgumentParser(
+        "toolkit plan",
+        description=str(__doc__),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("--num_processes", type=int, default=2, help="ranks that share the work")
+    made.add_argument("--memory_gb", type=float, help="of a device, in GiB; default: what is here")
+    made.add_argument("--tflops", type=float, help="training rate of a device; default: timed here")
+    made.add_argument(
+        "--bandwidth_gb", type=float, default=1000, help="its memory's, with --tflops"
+    )
+    made.add_argument("--link_gb", type=float, help="GB/s between ranks; default: no limit")
+    made.add_argument("--sweep", type=Path, help="sum up this sweep's runs, too")
+    made.add_argument("--price", type=float, help="of a device for an hour")
+    options, flags = made.parse_known_args(argv)
+    given = {name: getattr(options, name) for name in POSITIVE}
+    problems = [
+        f"--{name} got {value:g}, allowed is more than 0"
+        for name, value in given.items()
+        if value is not None and not value > 0
+    ]
+    if options.sweep and not options.sweep.is_file():
+        problems.append(f"--sweep got {options.sweep}, which is no file")
+    if problems:
+        raise ConfigError(problems)
+    return options, flags
+
+
+def survey(
+    config: RunConfig, tokens: TokenCache, encoder: Path, options: argparse.Namespace
+) -> Ground:
+    """Build the model and measure what the plan rests on."""
+    import torch
+
+    from toolkit.engine import estimate
+    from toolkit.engine.runtime import Runtime
+    from toolkit.model.classifier import ClassifierSpec, build_classifier
+    from toolkit.run import make_trainer
+
+    runtime = Runtime(config.precision, config.cpu_threads)
+    base = psutil.Process().memory_info().rss
+    on_cpu = runtime.device.type == "cpu" and not options.tflops
+    model, _ = build_classifier(part(ClassifierSpec, config), encoder, tokens.label_names)
+    trainer = make_trainer(config, tokens, runtime, model, padded=None if on_cpu else True)
+    if on_cpu:
+        memory: float = psutil.virtual_memory().total
+    elif torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(runtime.device).total_memory
+    else:
+        memory = math.inf
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    standing = estimate.state_bytes("replicas", parameters, 1, on_cpu=on_cpu)
+    if options.tflops:
+        rates = _stated(options, model.config, trainer, parameters)
+        kept = estimate.activations(trainer)
+    else:
+        rates, kept = estimate.measure(trainer, standing + (base if on_cpu else 0))
+    return Ground(
+        trainer=trainer,
+        kept=kept,
+        rates=rates,
+        base=base if on_cpu else CUDA_BYTES,
+        parameters=parameters,
+        memory=options.memory_gb * GIB if options.memory_gb else memory,
+        on_cpu=on_cpu,
+        link=options.link_gb * 1e9 if options.link_gb else math.inf,
+    )
+
+
+def _stated(
+    options: argparse.Namespace, shape: Any, trainer: "Trainer", parameters: int
+) -> "Rates":
+    from toolkit.engine import estimate
+
+    sizes = shape.num_hidden_layers, shape.hidden_size, shape.intermediate_size
+    flops = estimate.token_flops(*sizes, trainer.train.offsets)
+    return estimate.stated(options.tflops, options.bandwidth_gb, flops, parameters)
+
+
+def rows(ground: Ground, ranks: int) -> Iterator[Row]:
+    """Yield what each way to distribute needs; one process first."""
+    yield _row(ground, "cpu.yaml" if ground.on_cpu else "gpu.yaml", "replicas", 1)
+    for launch, kind in LAUNCHES.items() if ranks > 1 else ():
+        name = "cpu2.yaml" if ground.on_cpu and launch == "ddp.yaml" else launch
+        yield _row(ground, name, kind, ranks)
+
+
+def _row(ground: Ground, launch: str, kind: "Kind", ranks: int) -> Row:
+    from toolkit.engine import estimate
+
+    work = estimate.work(ground.trainer, ranks)
+    state = estimate.state_bytes(kind, ground.parameters, ranks, on_cpu=ground.on_cpu)
+    room = (ground.memory / ranks if ground.on_cpu else ground.memory) - ground.base - state
+    fits = int(max(0, ground.kept.tokens_within(room)) / work.per_review)
+    # ranks on one CPU share its cores and its memory's bandwidth
+    tokens, share = (work.total, ranks) if ground.on_cpu else (work.busiest, 1)
+    seconds = ground.rates.fixed * share + ground.rates.per_token * tokens
+    sent = estimate.communication_bytes(kind, ground.parameters, ranks) / ground.link
+    return Row(
+        launch, ranks, ground.base + state + ground.kept.of(work.largest), fits, seconds + sent
+    )
+
+
+def report(
+    config: RunConfig, tokens: TokenCache, ground: Ground, options: argparse.Namespace
+) -> None:
+    """Print the table, and what it rests on."""
+    stream, rates = ground.trainer.stream, ground.rates
+    batching = "padded" if ground.trainer.padded else "packed"
+    say(f"{config.encoder}, head {config.head}: {ground.parameters / 1e6:.1f} M parameters")
+    say(
+        f"{stream.num_rows} reviews, {stream.num_steps} steps of {stream.batch_size}, {batching}; "
+        f"{ground.kept.per_token / 2**10:.0f} KiB of activations for each token"
+    )
+    say(
+        f"a step: {rates.fixed * 1e3:.1f} ms + {rates.per_token * 1e6:.1f} us for each token "
+        f"({rates.source})\n"
+    )
+    say(
+        f"{'launch':<20} ranks  GiB a rank  reviews that fit     step  reviews/s     run  hours x ranks"
+    )
+    for row in rows(ground, options.num_processes):
+        seconds = run_seconds(tokens, ground, row)
+        price = f"  {seconds * row.ranks / 3600 * options.price:.2f}" if options.price else ""
+        say(
+            f"{row.launch:<20} {row.ranks:>5}  {row.bytes / GIB:>10.2f}  {_fits(row):>16}"
+            f"  {row.seconds:>6.3f} s  {stream.batch_size / row.seconds:>9.0f}"
+            f"  {duration(seconds):>6}  {seconds * row.ranks / 3600:>13.2f}{price}"
+        )
+    if options.sweep:
+        _report_sweep(options, next(rows(ground, 1)), stream.batch_size)
+
+
+def _fits(row: Row) -> str:
+    return "any" if row.fits > 10**6 else str(row.fits) if row.fits else "NONE"
+
+
+def run_seconds(tokens: TokenCache, ground: Ground, row: Row) -> float:
+    """Return the time of a whole run: its steps, and forward passes over validation and test."""
+    stream = ground.trainer.stream
+    epochs = math.ceil(stream.num_slots / stream.num_rows)
+    scored = {name: int(tokens.splits[name].offsets[-1]) for name in ("validation", "test")}
+    share = 1 if ground.on_cpu else row.ranks
+    forward = ground.rates.per_token / 3 / share
+    return stream.num_steps * row.seconds + forward * (
+        epochs * scored["validation"] + scored["test"]
+    )
+
+
+def _report_sweep(options: argparse.Namespace, row: Row, batch_size: int) -> None:
+    """Sum up a sweep at one process's rate; `toolkit sweep plan` lists its runs."""
+    found = costs(runs(load(options.sweep), []), batch_size / row.seconds)
+    known = [cost.seconds for cost in found if cost.seconds is not None]
+    hours = sum(known) / 3600
+    price = f", {hours * options.price:.2f} at {options.price:g} an hour" if options.price else ""
+    unknown = f"; {len(found) - len(known)} runs on data not prepared yet" * (
+        len(found) > len(known)
+    )
+    say(f"\n{options.sweep}: {len(found)} runs, {hours:.2f} hours of one device{price}{unknown}")
