@@ -62,6 +62,8 @@ class Ground:
 
     trainer: "Trainer"
     kept: "Activations"
+    scoring: float
+    """Bytes that evaluation needs at most; with stated rates not known, and less than training."""
     rates: "Rates"
     base: float
     """Bytes of a process before the model."""
@@ -142,14 +144,18 @@ def survey(
         memory = math.inf
     parameters = sum(parameter.numel() for parameter in model.parameters())
     standing = estimate.state_bytes("replicas", parameters, 1, on_cpu=on_cpu)
+    standing += base if on_cpu else 0
+    scoring = 0.0
     if options.tflops:
         rates = _stated(options, model.config, trainer, parameters)
         kept = estimate.activations(trainer)
     else:
-        rates, kept = estimate.measure(trainer, standing + (base if on_cpu else 0))
+        rates, kept = estimate.measure(trainer, standing)
+        scoring = estimate.measure_scoring(trainer, config.eval_tokens, standing)
     return Ground(
         trainer=trainer,
         kept=kept,
+        scoring=scoring,
         rates=rates,
         base=base if on_cpu else CUDA_BYTES,
         parameters=parameters,
@@ -188,9 +194,10 @@ def _row(ground: Ground, launch: str, kind: "Kind", ranks: int) -> Row:
     tokens, share = (work.total, ranks) if ground.on_cpu else (work.busiest, 1)
     seconds = ground.rates.fixed * share + ground.rates.per_token * tokens
     sent = estimate.communication_bytes(kind, ground.parameters, ranks) / ground.link
-    return Row(
-        launch, ranks, ground.base + state + ground.kept.of(work.largest), fits, seconds + sent
-    )
+    # on a CPU, the copy of weights and moments that a checkpoint is written from is there, too
+    copy = 3 * estimate.FLOAT * ground.parameters if ground.on_cpu else 0
+    busy = max(ground.kept.of(work.largest), ground.scoring) + copy
+    return Row(launch, ranks, ground.base + state + busy, fits, seconds + sent)
 
 
 def report(

@@ -1,6 +1,6 @@
 """Does `toolkit plan` foresee what a run takes? Predicted over measured, for memory and for a step.
 
-python -m tests.bench.plan            about four minutes; alone, for it takes times
+python -m tests.bench.plan [BATCH_SIZE ...]       about four minutes; alone, for it takes times
 """
 
 import json
@@ -44,7 +44,7 @@ def taken(processes: int, batch_size: int, flags: list[str]) -> tuple[float, flo
 def main() -> None:
     """Print the ratios."""
     say("batch  launch  memory  step    (predicted / measured)")
-    for batch_size in (16, 64, 256):
+    for batch_size in map(int, sys.argv[1:] or ("16", "64", "256")):
         flags = [f"--batch_size={batch_size}", "--max_steps=40"]
         plan = planned(flags)
         for processes, name in ((1, "cpu"), (2, "cpu2")):

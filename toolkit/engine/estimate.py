@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from toolkit.data.steps import cost, deal
+from toolkit.data.batches import make_batch
+from toolkit.data.steps import cost, deal, runs_within
 from toolkit.engine.loop import Progress, Trainer, Wants, micro_batches, summed_loss, train_step
 
 FLOAT = 4
@@ -158,6 +159,18 @@ def measure(trainer: Trainer, standing: float) -> tuple[Rates, Activations]:
     rates = Rates(max(0.0, long - per_token * many), per_token, "measured here")
     growth = max(1.0, (much - little) / (many - few))
     return rates, Activations(max(0.0, much - standing - growth * many), growth)
+
+
+def measure_scoring(trainer: Trainer, eval_tokens: int, standing: float) -> float:
+    """Score one micro-batch of the longest reviews; return what the process's memory grew by."""
+    lengths = trainer.train.lengths(np.arange(len(trainer.train)))
+    longest = np.argsort(-lengths, kind="stable")
+    [(start, stop), *_] = runs_within(lengths[longest], eval_tokens, padded=trainer.padded)
+    batch = make_batch(trainer.train, longest[start:stop], padded=trainer.padded)
+    trainer.model.eval()
+    with torch.no_grad():
+        summed_loss(trainer, batch)
+    return max(0.0, _peak_bytes(trainer.runtime.device) - standing)
 
 
 def _run_steps(trainer: Trainer, batch_size: int) -> tuple[float, float, float]:
