@@ -5,12 +5,17 @@ backward pass, and how a step's rows are dealt to ranks. `python -m tests.bench.
 against runs.
 """
 
+import ctypes
+import gc
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -167,6 +172,7 @@ def measure_scoring(trainer: Trainer, eval_tokens: int, standing: float) -> floa
     longest = np.argsort(-lengths, kind="stable")
     [(start, stop), *_] = runs_within(lengths[longest], eval_tokens, padded=trainer.padded)
     batch = make_batch(trainer.train, longest[start:stop], padded=trainer.padded)
+    _forget_peak(trainer.runtime.device)
     trainer.model.eval()
     with torch.no_grad():
         summed_loss(trainer, batch)
@@ -178,6 +184,7 @@ def _run_steps(trainer: Trainer, batch_size: int) -> tuple[float, float, float]:
     epochs = batch_size * (WARM_STEPS + TIMED_STEPS)  # enough, however few rows there are
     stream = replace(trainer.stream, batch_size=batch_size, epochs=epochs, max_steps=None)
     smaller = replace(trainer, stream=stream)
+    _forget_peak(trainer.runtime.device)
     trainer.model.train()
     progress, seconds, before = Progress(), [], 0.0
     for step in range(WARM_STEPS + TIMED_STEPS):
@@ -191,9 +198,25 @@ def _run_steps(trainer: Trainer, batch_size: int) -> tuple[float, float, float]:
 
 
 def _peak_bytes(device: torch.device) -> float:
+    """Return the most that was in use since `_forget_peak`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
+    status = Path("/proc/self/status")
+    if status.exists():
+        [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        return 1024 * int(line.split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, and never forgotten
+
+
+def _forget_peak(device: torch.device) -> None:
+    """Give freed memory back and begin to look for the peak anew."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        with suppress(AttributeError):  # not every C library has it
+            ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def stated(tflops: float, bandwidth_gb: float, flops_per_token: float, parameters: int) -> Rates:
