@@ -57,11 +57,17 @@ def _attend_packed(
     **_: Any,
 ) -> tuple[Tensor, None]:
     assert dropout == 0.0, "attention dropout has no packed back end; the classifier turns it off"
-    sequences = zip(*(_cut(x, bounds) for x in (query_1HTK, key_1HTK, value_1HTK)), strict=True)
-    outputs = [
-        functional.scaled_dot_product_attention(query, key, value, scale=scaling)
-        for query, key, value in sequences
-    ]
+    inputs = [query_1HTK, key_1HTK, value_1HTK]
+    on_cpu = query_1HTK.device.type == "cpu"
+    if on_cpu and query_1HTK.requires_grad:
+        # the CPU's backward pass in bf16 takes four times as long as in fp32 (torch 2.13, NOTES.md)
+        inputs = [x.float() for x in inputs]
+    # autocast would undo that, and there is nothing else here for it to do
+    with torch.autocast(query_1HTK.device.type, enabled=False):
+        outputs = [
+            functional.scaled_dot_product_attention(query, key, value, scale=scaling)
+            for query, key, value in zip(*(_cut(x, bounds) for x in inputs), strict=True)
+        ]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
