@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,6 +21,25 @@ def run_python(*arguments: str | Path, **environment: str) -> subprocess.Complet
         cwd="/",
         timeout=240,
     )
+
+
+def run_for_peak(*arguments: str | Path) -> tuple[int, str]:
+    """Run this interpreter; return the peak memory in bytes, and what it printed.
+
+    The peak is that of the largest of the process and those below it.
+
+    Raises:
+        RuntimeError: when it fails.
+    """
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen([sys.executable, *map(str, arguments)], stdout=out)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        text = out.read()
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(map(str, arguments))} failed:\n{text}")
+    return usage.ru_maxrss * 1024, text
 
 
 def launcher(processes: int, config: str | None = None) -> list[str]:

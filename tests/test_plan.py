@@ -1,18 +1,20 @@
 """What is planned follows from counts that can be checked, and fits what a run then takes."""
 
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
-from tests.programs import TRAIN, launcher, run_python
+from tests.bench.plan import planned
+from tests.programs import TRAIN, launcher, run_for_peak
+from toolkit.data.cache import TokenSplit
+from toolkit.data.steps import Stream
 from toolkit.engine import estimate
 from toolkit.engine.estimate import Activations
+from toolkit.engine.loop import LoopSpec, Trainer
+from toolkit.engine.optim import OptimSpec
 
 
 def test_what_a_forward_pass_keeps() -> None:
@@ -62,28 +64,41 @@ def test_stated_rates() -> None:
     assert estimate.communication_bytes("replicas", 110_000_000, 1) == 0
 
 
-def run_measured(*arguments: str) -> int:
-    """Run Python; return the peak memory of the process or of the largest below it, in bytes."""
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    process = subprocess.Popen([sys.executable, *arguments], env=environment, cwd="/")
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
-    return usage.ru_maxrss * 1024
-
-
 def test_memory_is_as_planned(tmp_path: Path, shared_cache: Path) -> None:
     """Of a run with one process and with two, within 15 %."""
     flags = [f"--cache_dir={shared_cache}", "--head=v2", "--batch_size=128", "--max_steps=10"]
     flags += ["--train_rows=500", "--test_rows=64", "--validation_rows=64", "--cpu_threads=1"]
-    done = run_python("-m", "toolkit", "plan", *flags, PYTHONPATH=str(TRAIN.parent.parent))
-    assert done.returncode == 0, done.stderr
-    planned = dict(re.findall(r"^(\w+)\.yaml +\d+ +([\d.]+)", done.stdout, re.MULTILINE))
-    assert set(planned) == {"cpu", "cpu2", "zero1", "zero2", "zero2_offload", "zero3"}
+    plan = planned(flags)
+    assert set(plan) == {"cpu", "cpu2", "zero1", "zero2", "zero2_offload", "zero3"}
     for processes, name in ((1, "cpu"), (2, "cpu2")):
         place = [f"--output_dir={tmp_path}", f"--run_id={name}", "--track=none"]
-        peak = run_measured(*launcher(processes), str(TRAIN), *flags, *place)
-        assert float(planned[name]) * 2**30 == pytest.approx(peak, rel=0.15), name
+        peak, _ = run_for_peak(*launcher(processes), TRAIN, *flags, *place)
+        assert plan[name][0] == pytest.approx(peak, rel=0.15), name
+
+
+@pytest.mark.parametrize("flags", [{"grad_accum": 4}, {"max_tokens": 200}, {}])
+def test_memory_follows_the_micro_batch(
+    flags: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Time and memory are measured on micro-batches of the run's own size, and on smaller ones."""
+    tokens = np.zeros(6400, np.uint16)
+    rows = np.arange(640)
+    split = TokenSplit(tokens, np.arange(641) * 10, (rows % 2).astype(np.uint8), rows)
+    stream = Stream(num_rows=640, batch_size=64, epochs=1, seed=0)
+    trainer = Trainer(*(cast(Any, None),) * 3, split, stream, False, LoopSpec(**flags), OptimSpec())
+
+    def steps(single: Trainer, rows: int) -> tuple[float, float, float]:
+        spec = single.spec
+        assert (spec.grad_accum, spec.max_tokens) == (1, None)
+        return 10.0 * rows, 0.5 + 10 * rows * 0.001, 7_000 + 300 + 10 * rows * 50
+
+    monkeypatch.setattr(estimate, "_run_steps", steps)
+    rates, kept = estimate.measure(trainer, standing=7_000)
+    assert rates.fixed == pytest.approx(0.5)
+    assert rates.per_token == pytest.approx(0.001)
+    largest = estimate.work(trainer, 1).largest
+    assert largest == {"grad_accum": 160, "max_tokens": 160}.get("".join(flags), 640)
+    assert kept.of(largest) == pytest.approx(300 + largest * 50)
 
 
 @pytest.mark.parametrize(

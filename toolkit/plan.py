@@ -11,7 +11,7 @@ lengths decide about memory and time. Without --tflops a few steps are timed on 
 import argparse
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -135,7 +135,9 @@ def survey(
     base = psutil.Process().memory_info().rss
     on_cpu = runtime.device.type == "cpu" and not options.tflops
     model, _ = build_classifier(part(ClassifierSpec, config), encoder, tokens.label_names)
-    trainer = make_trainer(config, tokens, runtime, model, padded=None if on_cpu else True)
+    if options.tflops and config.batching == "auto":
+        config = replace(config, batching="padded")  # which it means on a GPU; we may not be on one
+    trainer = make_trainer(config, tokens, runtime, model)
     if on_cpu:
         memory: float = psutil.virtual_memory().total
     elif torch.cuda.is_available():

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
+from contextlib import suppress
 from typing import NoReturn
 
 import psutil
@@ -58,14 +58,19 @@ class Restart:
 
 
 def _leave_nothing() -> None:
-    """End W&B's process, which would wait for ours to end, and close what libraries left open."""
+    """End W&B's process, which would wait for ours to end, and close what libraries left open.
+
+    Other threads are at work: a process or a file may be gone by the time we come to it.
+    """
     children = psutil.Process().children()
     for child in children:
-        child.kill()
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
     psutil.wait_procs(children, CHILDREN_SECONDS)
     for name in os.listdir("/dev/fd"):
-        if int(name) > 2 and Path("/dev/fd", name).exists():
-            os.set_inheritable(int(name), False)
+        if int(name) > 2:
+            with suppress(OSError):
+                os.set_inheritable(int(name), False)
 
 
 def attempt() -> int:

@@ -85,21 +85,9 @@ def run(
 
 
 def make_trainer(
-    config: RunConfig,
-    tokens: TokenCache,
-    runtime: Runtime,
-    model: HeadClassifier,
-    padded: bool | None = None,
+    config: RunConfig, tokens: TokenCache, runtime: Runtime, model: HeadClassifier
 ) -> Trainer:
-    """Join model, optimizer and data for the loop, and take a step that changes nothing.
-
-    Args:
-        config: what to do.
-        tokens: the data.
-        runtime: where.
-        model: the model, in one piece.
-        padded: instead of what the configuration says.
-    """
+    """Join model, optimizer and data for the loop, and take a step that changes nothing."""
     optim = part(OptimSpec, config)
     prepared, optimizer = runtime.prepare(
         model, build_optimizer(model, optim), max_norm=config.max_grad_norm
@@ -111,7 +99,7 @@ def make_trainer(
         optimizer=optimizer,
         train=train_split,
         stream=part(Stream, config, num_rows=len(train_split)),
-        padded=_is_padded(config, runtime) if padded is None else padded,
+        padded=_is_padded(config, runtime),
         spec=part(LoopSpec, config),
         optim=optim,
     )

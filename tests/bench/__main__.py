@@ -14,8 +14,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from typing import Any
 from tests.bench import limits
 from tests.bench.overhead import spread
 from tests.bench.reviews import write_hub_folder
-from tests.programs import TRAIN
+from tests.programs import TRAIN, run_for_peak
 from toolkit.assets import MINILM, TOKENIZER_FILES, fetch
 from toolkit.config import RunConfig, cache_dir, parse
 from toolkit.console import say
@@ -90,7 +88,7 @@ def prepare_encoder(options: argparse.Namespace) -> None:
 
 def ours(options: argparse.Namespace) -> dict[str, Any]:
     """Train with the toolkit; return the figures of its second epoch."""
-    run([str(TRAIN), *flags_of(options)])
+    peak, _ = run_for_peak(TRAIN, *flags_of(options))
     folder = options.folder / "runs" / "ours"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     train = [line for line in lines if line["kind"] == "train"]
@@ -108,6 +106,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
         "loss": second[-1]["train/loss"],
         "accuracy": test["test/accuracy"],
         "padding": statistics.mean(line["train/padding"] for line in second),
+        "peak": peak,
     }
 
 
@@ -115,24 +114,8 @@ def peer(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Train with a peer, in a process of its own."""
     known = vars(shared_parser().parse_args([]))
     flags = [f"--{key}={getattr(options, key)}" for key in known]
-    return json.loads(run(["-m", "tests.bench.peers", name, *flags]).splitlines()[-1])
-
-
-PEAK: dict[str, float] = {}
-
-
-def run(arguments: list[str]) -> str:
-    """Run Python; return what it prints, and note its peak memory."""
-    with tempfile.TemporaryFile("w+") as out:
-        process = subprocess.Popen([sys.executable, *arguments], stdout=out)
-        _, code, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(code)
-        out.seek(0)
-        text = out.read()
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(arguments)} failed:\n{text}")
-    PEAK["MiB"] = usage.ru_maxrss / 1024
-    return text
+    peak, text = run_for_peak("-m", "tests.bench.peers", name, *flags)
+    return {"peak": peak} | json.loads(text.splitlines()[-1])
 
 
 def measure(name: str, options: argparse.Namespace, tokens: TokenCache) -> dict[str, Any]:
@@ -146,7 +129,7 @@ def measure(name: str, options: argparse.Namespace, tokens: TokenCache) -> dict[
         "eval_reviews_per_s": options.test_rows / found["eval_seconds"],
         "loss": found["loss"],
         "accuracy": found["accuracy"],
-        "peak_MiB": found.get("memory", PEAK["MiB"]),
+        "peak_MiB": found.get("memory", found["peak"] / 2**20),
     }
 
 

@@ -4,14 +4,12 @@ python -m tests.bench.plan [BATCH_SIZE ...]       about four minutes; alone, for
 """
 
 import json
-import os
 import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from tests.programs import ROOT, TRAIN, launcher, run_python
+from tests.programs import ROOT, TRAIN, launcher, run_for_peak, run_python
 from toolkit.console import say
 
 ROW = r"^(\w+)\.yaml +\d+ +([\d.]+) +\w+ +([\d.]+) s"
@@ -29,16 +27,11 @@ def taken(processes: int, batch_size: int, flags: list[str]) -> tuple[float, flo
     """Train; return the same of the run: the peak of the largest process, the mean after warming up."""
     with tempfile.TemporaryDirectory() as folder:
         place = [f"--output_dir={folder}", "--run_id=run", "--track=none", "--log_every=10"]
-        command = [sys.executable, *launcher(processes), str(TRAIN), *flags, *place]
-        environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        assert process.returncode == 0
+        peak, _ = run_for_peak(*launcher(processes), TRAIN, *flags, *place)
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
     rates = [json.loads(line).get("train/reviews_per_s") for line in lines]
     seconds = [batch_size / rate for rate in rates if rate][1:]
-    return usage.ru_maxrss * 1024, sum(seconds) / len(seconds)
+    return peak, sum(seconds) / len(seconds)
 
 
 def main() -> None:

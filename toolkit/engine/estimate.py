@@ -145,7 +145,7 @@ def state_bytes(kind: Kind, parameters: int, ranks: int, *, on_cpu: bool) -> flo
 
 
 def measure(trainer: Trainer, standing: float) -> tuple[Rates, Activations]:
-    """Run real steps of one process, with a quarter of the run's batch and with all; draw the lines.
+    """Run real steps of one process, of the run's largest micro-batch and of a quarter; draw the lines.
 
     Args:
         trainer: of the run.
@@ -155,9 +155,11 @@ def measure(trainer: Trainer, standing: float) -> tuple[Rates, Activations]:
         The rates, and what the process's memory grew by: on a CPU that is more than what a forward
         pass keeps, because freed memory stays with the process, in pieces.
     """
-    full = trainer.stream.batch_size
-    few, short, little = _run_steps(trainer, max(1, full // 4))
-    many, long, much = _run_steps(trainer, full)
+    one = replace(trainer, spec=replace(trainer.spec, grad_accum=1, max_tokens=None))
+    sizes = work(trainer, world_size=1)
+    full = max(1, round(sizes.largest / sizes.per_review))
+    few, short, little = _run_steps(one, max(1, full // 4))
+    many, long, much = _run_steps(one, full)
     if many == few:
         few = short = little = 0
     per_token = max(0.0, (long - short) / (many - few))
