@@ -79,8 +79,7 @@ class Ground:
 def main(argv: list[str]) -> int:
     """Print the plan; return the exit code."""
     try:
-        options, flags = _options(argv)
-        config = parse(flags, prog="toolkit plan")
+        options, config = _options(argv)
         tokens, encoder = prepare_data(config)
         ground = survey(config, tokens, encoder, options)
         report(config, tokens, ground, options)
@@ -90,7 +89,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def _options(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     made = argparse.ArgumentParser(
         "toolkit plan",
         description=str(__doc__),
@@ -115,9 +114,13 @@ def _options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     ]
     if options.sweep and not options.sweep.is_file():
         problems.append(f"--sweep got {options.sweep}, which is no file")
+    try:
+        config = parse(flags, prog="toolkit plan")
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from error
     if problems:
         raise ConfigError(problems)
-    return options, flags
+    return options, config
 
 
 def survey(
@@ -218,14 +221,15 @@ def report(
         f"({rates.source})\n"
     )
     say(
-        f"{'launch':<20} ranks  GiB a rank  reviews that fit     step  reviews/s     run  hours x ranks"
+        f"{'launch':<20} ranks  GiB a rank  reviews that fit        step  reviews/s     run"
+        f"  hours x ranks{'   price' if options.price else ''}"
     )
     for row in rows(ground, options.num_processes):
         seconds = run_seconds(tokens, ground, row)
-        price = f"  {seconds * row.ranks / 3600 * options.price:.2f}" if options.price else ""
+        price = f"  {seconds * row.ranks / 3600 * options.price:>6.2f}" if options.price else ""
         say(
             f"{row.launch:<20} {row.ranks:>5}  {row.bytes / GIB:>10.2f}  {_fits(row):>16}"
-            f"  {row.seconds:>6.3f} s  {stream.batch_size / row.seconds:>9.0f}"
+            f"  {row.seconds * 1e3:>7.1f} ms  {stream.batch_size / row.seconds:>9.0f}"
             f"  {duration(seconds):>6}  {seconds * row.ranks / 3600:>13.2f}{price}"
         )
     if options.sweep:

@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.programs import ROOT, TRAIN, launcher, run_for_peak, run_python
 from toolkit.console import say
 
-ROW = r"^(\w+)\.yaml +\d+ +([\d.]+) +\w+ +([\d.]+) s"
+ROW = r"^(\w+)\.yaml +\d+ +([\d.]+) +\w+ +([\d.]+) ms"
 
 
 def planned(flags: list[str]) -> dict[str, tuple[float, float]]:
@@ -20,7 +20,7 @@ def planned(flags: list[str]) -> dict[str, tuple[float, float]]:
     done = run_python("-m", "toolkit", "plan", *flags, PYTHONPATH=str(ROOT))
     done.check_returncode()
     found = re.findall(ROW, done.stdout, re.MULTILINE)
-    return {name: (float(gib) * 2**30, float(step)) for name, gib, step in found}
+    return {name: (float(gib) * 2**30, float(step) / 1e3) for name, gib, step in found}
 
 
 def taken(processes: int, batch_size: int, flags: list[str]) -> tuple[float, float]:

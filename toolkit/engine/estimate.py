@@ -224,6 +224,8 @@ def _forget_peak(device: torch.device) -> None:
 def stated(tflops: float, bandwidth_gb: float, flops_per_token: float, parameters: int) -> Rates:
     """Return rates that follow from a device's figures.
 
+    Launching the work, which bounds small batches on a GPU, is not in them.
+
     Args:
         tflops: operations that training sustains, in 10^12 a second.
         bandwidth_gb: of the device's memory, in 10^9 bytes a second.
@@ -231,7 +233,8 @@ def stated(tflops: float, bandwidth_gb: float, flops_per_token: float, parameter
         parameters: of the whole model; AdamW reads four numbers of each and writes three.
     """
     update = 7 * FLOAT * parameters / (bandwidth_gb * 1e9)
-    return Rates(update, flops_per_token / (tflops * 1e12), f"stated: {tflops:g} TFLOP/s")
+    source = f"stated: {tflops:g} TFLOP/s; small batches take longer, to launch their kernels"
+    return Rates(update, flops_per_token / (tflops * 1e12), source)
 
 
 def token_flops(layers: int, width: int, inner: int, offsets: np.ndarray) -> float:
