@@ -85,6 +85,11 @@ class Subject:
                 found.append(process)
         return sorted(found, key=_rank)
 
+    def stopped_ranks(self) -> list[int]:
+        """The ranks that a fault has stopped."""
+        trainers = self.workers()
+        return [r for r, p in enumerate(trainers) if p.status() == psutil.STATUS_STOPPED]
+
     def wait_for(self, condition: Callable[[], bool], seconds: float = 60) -> None:
         """Poll until something is so."""
         deadline = time.monotonic() + seconds

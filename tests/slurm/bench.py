@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,17 @@ class Bench:
             if str(self.folder) in words or "slurmstepd" in words:
                 found.append(process.pid)
         return found
+
+    def is_asked_to_stop(self, job: str) -> bool:
+        """Tell whether a job's script has heard that its time is nearly up."""
+        return Path(tempfile.gettempdir(), f"toolkit-stop-{job}").exists()
+
+    def let_go_on(self) -> None:
+        """Continue the trainers that a fault has stopped."""
+        for pid in self.processes():
+            process = psutil.Process(pid)
+            if process.status() == psutil.STATUS_STOPPED:
+                process.resume()
 
     def has_restarted(self) -> bool:
         """Tell whether a second start has taken the run over."""

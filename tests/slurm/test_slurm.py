@@ -126,9 +126,12 @@ def test_interrupted_and_goes_on(bench: Bench, uninterrupted: dict[str, Any], hu
 
 
 def test_walltime(bench: Bench, uninterrupted: dict[str, Any]) -> None:
-    """SLURM looks every 30 s whose time is up; saving after every step makes the run last longer."""
+    """SLURM looks only every 30 s whose time is up: the run pauses for it, on a machine of any speed."""
     options = ("--cpus-per-task=1", "--time=1", "--signal=B:USR2@50")
-    job = bench.train(*options, flags=[*LONG, "--save_minutes=0", "--run_id=long"])
+    fault = {"TOOLKIT_FAULT": "stop@data:0:100"}
+    job = bench.train(*options, flags=[*LONG, "--run_id=long"], **fault)
+    bench.cluster.wait_for(lambda: bench.is_asked_to_stop(job), 90)
+    bench.let_go_on()
     bench.wait(job, 300)
     assert bench.status("long")["status"] == "completed", bench.logs()
     assert "queued again (1 of at most 20 times)" in bench.logs()
