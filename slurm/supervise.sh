@@ -8,6 +8,7 @@ trap 'asked=(--asked); touch "$TOOLKIT_STOP_FILE"' USR2
 export PATH="${VENV:-$TOOLKIT_ROOT/.venv}/bin:$PATH" PYTHONPATH="$TOOLKIT_ROOT${PYTHONPATH:+:$PYTHONPATH}"
 
 TOOLKIT_LOG=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p') # `sweep status` names it
+TOOLKIT_LOG=${TOOLKIT_LOG%%$'\n'*} # an array's last task bears the array's id, which stands for all
 export TOOLKIT_LOG
 
 toolkit() { python -m toolkit "$@"; }

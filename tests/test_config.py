@@ -183,3 +183,9 @@ def test_print_config_is_yaml() -> None:
     done = run_python(ROOT / "toolkit" / "train.py", "--lr=1e-3", "--print_config")
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load(done.stdout)["lr"] == 1e-3
+
+
+def test_whole_numbers_that_agents_write_as_floats() -> None:
+    assert parse(["--batch_size=16.0", "--max_steps=20.0"]).batch_size == 16
+    with pytest.raises(ConfigError, match=r"batch_size got 16\.5"):
+        parse(["--batch_size=16.5"])

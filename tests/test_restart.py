@@ -10,6 +10,7 @@ from tests.programs import run_python
 
 PROGRAM = """
 import json, os, signal, subprocess, sys, time
+import psutil
 from toolkit.restart import Restart, attempt, is_in_place, is_restarted
 from toolkit.stop import Stop
 
@@ -21,11 +22,17 @@ with Stop() as stop:
         reader, _ = os.pipe()
         os.dup2(reader, int(sys.argv[1]), inheritable=True)
         child = subprocess.Popen(["sleep", "100"])
-        os.kill(os.getpid(), signal.SIGUSR2)
-        while not stop.requested:
-            time.sleep(0.01)
+        end = psutil.wait_procs
+
+        def end_and_be_asked(*arguments):
+            os.kill(os.getpid(), signal.SIGUSR2)
+            while not stop.requested:
+                time.sleep(0.01)
+            return end(*arguments)
+
+        psutil.wait_procs = end_and_be_asked  # the request comes late
         print(json.dumps([os.getpid(), child.pid]))
-        restart.at(time.time() + 0.2, "kill@data:0:9")
+        restart.at(time.time() + 0.2, "kill@data:0:9", lambda: print(json.dumps("last words")))
     time.sleep(0.5)
     facts = {
         "is_open": os.path.exists("/dev/fd/" + sys.argv[1]),
@@ -45,7 +52,8 @@ def test_what_goes_along(tmp_path: Path) -> None:
     program.write_text(textwrap.dedent(PROGRAM))
     done = run_python("-u", program, "40", TORCHELASTIC_RESTART_COUNT="0")
     assert done.returncode == 0, done.stderr
-    first, second = map(json.loads, done.stdout.splitlines())
+    first, words, second = map(json.loads, done.stdout.splitlines())
+    assert words == "last words"
     assert first[0] == second[0], "the launcher knows it by its process id"
     assert not psutil.pid_exists(first[1])
     assert second[1] == {

@@ -167,3 +167,24 @@ def test_distributions() -> None:
         suggest(trial, "g", {"distribution": "normal", "min": 0, "max": 1})
     with pytest.raises(ConfigError, match="needs values or min, max"):
         suggest(trial, "h", {"distribution": "normal", "mu": 0})
+
+
+def test_another_search_does_not_take_over_results(tiny_flags: list[str], tmp_path: Path) -> None:
+    path = write(tmp_path, tiny_flags, lr=LR)
+    names = {open_search(path).name}
+    names.add(Search(sweeps.load(path), ["--epochs=7"], "random", 0).name)
+    path.write_text(path.read_text().replace("maximize", "minimize"))
+    names.add(open_search(path).name)
+    path.write_text(path.read_text() + "run_cap: 7\n")
+    names.add(open_search(path).name)
+    assert len(names) == 3, "more trials are the same search"
+
+
+def test_what_a_search_does_not_know(
+    tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, tiny_flags, lr=LR)
+    wrong = ["--jobs=2", "--retry_failed", "--trials=0"]
+    assert main(["run", str(path), "--search=optuna", *wrong]) == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in ("--jobs", "--retry_failed", "--trials got 0"))

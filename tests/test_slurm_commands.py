@@ -1,13 +1,16 @@
 """What is asked of SLURM, word for word; `tests/slurm` runs it on a real one."""
 
+import argparse
 import json
 import stat
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.programs import ROOT
 from toolkit.experiments import slurm
+from toolkit.experiments.arguments import Request
 from toolkit.experiments.commands import main
 from toolkit.experiments.sweep import load, runs
 
@@ -65,6 +68,20 @@ def test_the_command_line_of_a_submission(
     ours, theirs = runs(load(SWEEP), extra), runs(load(frozen), [])
     assert [run.config for run in ours] == [run.config for run in theirs]
     assert theirs[0].config.wandb.group == "a b"
+
+
+def test_what_follows_the_arguments_wins_in_tasks_too(tmp_path: Path) -> None:
+    content = yaml.safe_load(SWEEP.read_text())
+    content["command"] = ["python", "${program}", "${args}", "--epochs=2"]
+    content["parameters"]["wandb"] = {"value": {"project": "mine"}}
+    file = tmp_path / "own.yaml"
+    file.write_text(yaml.safe_dump(content))
+    extra = [f"--output_dir={tmp_path}", "--epochs=5", "--wandb={'group': 'g'}"]
+    request = Request(argparse.Namespace(), load(file), extra, [])
+    tasks = runs(load(slurm.freeze(request, tmp_path)), [])
+    assert [task.config for task in tasks] == [run.config for run in request.runs()]
+    assert tasks[0].config.epochs == 5
+    assert tasks[0].config.wandb.project == "mine"
 
 
 def test_only_what_is_missing_is_submitted(

@@ -344,6 +344,10 @@ def _takes_text(name: str) -> bool:
     return name in FIELDS and FIELDS[name].type in (str, str | None)
 
 
+def _takes_int(name: str) -> bool:
+    return name in FIELDS and FIELDS[name].type in (int, int | None)
+
+
 def _take(parser: ArgumentParser, item: Item, values: dict[str, Any]) -> str | None:
     """Put one setting into `values`; return what is wrong with it instead, if anything is."""
     name, _, inner = item.key.partition(".")
@@ -353,6 +357,8 @@ def _take(parser: ArgumentParser, item: Item, values: dict[str, Any]) -> str | N
             f"; did you mean {close[0]}?" if close else "; see --help"
         )
     value = _as_text(item.value) if _takes_text(name) else item.value
+    if _takes_int(name) and isinstance(value, float) and value.is_integer():
+        value = int(value)  # W&B draws 16.0 from q_uniform
     try:
         parsed = parser.parse_object({name: {inner: value} if inner else value}).as_dict()[name]
         if name == "wandb":

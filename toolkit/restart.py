@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
@@ -34,19 +35,21 @@ class Restart:
         self.command = [sys.executable, *sys.orig_argv[1:]]
         self.environment = dict(os.environ)
 
-    def at(self, moment: float, faults: str) -> NoReturn:
+    def at(self, moment: float, faults: str, last_words: Callable[[], None]) -> NoReturn:
         """Replace this process by a new one of the same command.
 
         Args:
             moment: when, as `time.time()` counts; for all ranks the same, so that none sees
                 another one gone and calls that a failure.
             faults: what is left to inject.
+            last_words: done while waiting; what is not done by then is cut off.
         """
+        threading.Thread(target=last_words, daemon=True).start()
         time.sleep(min(max(0.0, moment - time.time()), MEETING_SECONDS))
         environment = self.environment | {COUNT: str(attempt() + STRIDE), "TOOLKIT_FAULT": faults}
         sys.stdout.flush()
-        self._pass_on_requests()
         _leave_nothing()
+        self._pass_on_requests()  # last: a request may come while processes are ended
         os.execve(sys.executable, self.command, environment)
 
     def _pass_on_requests(self) -> None:
@@ -58,7 +61,7 @@ class Restart:
 
 
 def _leave_nothing() -> None:
-    """End W&B's process, which would wait for ours to end, and close what libraries left open.
+    """End what is left of W&B, which would wait for our end, and close what libraries left open.
 
     Other threads are at work: a process or a file may be gone by the time we come to it.
     """

@@ -4,7 +4,7 @@ import time
 import traceback
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors.torch import load_file
@@ -194,7 +194,7 @@ class Run:
             # by early termination, or by who stopped the agent: W&B must not give it to another one
             status, preempted = "stopped", False
         if self.runtime.is_main:
-            self.folder.record_crash(status, message=str(error))
+            self.folder.record_crash(status, message=str(error), split=self.progress.split)
             self.tracker.finish(exit_code=error.exit_code, preempted=preempted)
         if isinstance(error, Preempted):
             self.runtime.any(False)  # who leaves first makes the launcher end the others
@@ -214,12 +214,16 @@ class Run:
             f"Out of memory ({text}). The ranks cannot meet again in mid-step: all start again from "
             f"the last checkpoint, with each step's rows in {split} times as many micro-batches."
         )
-        self.restart.at(moment, self.runtime.phases.faults_left())
+        self._restart_at(moment)
 
     def join_restart(self) -> None:
         """Start this rank again, if one of them said that all do."""
         if moment := self.folder.restarts_at:
-            self.restart.at(moment, self.runtime.phases.faults_left())
+            self._restart_at(moment)
+
+    def _restart_at(self, moment: float) -> NoReturn:
+        # W&B's own process holds rows back in blocks: unless it is told to finish, they are lost
+        self.restart.at(moment, self.runtime.phases.faults_left(), self.tracker.finish)
 
     def _advice(self, error: BaseException) -> str:
         if _status(error) != "oom":
@@ -232,7 +236,7 @@ class Run:
 
     def on_lost(self, text: str) -> None:
         """Record that a rank is dead or hangs; called by the watchdog, which then ends this one."""
-        self.folder.record_crash("crashed", message=text)
+        self.folder.record_crash("crashed", message=text, split=self.progress.split)
         complain(f"error: rank {self.runtime.rank}: {text}")
 
     def build(self) -> Trainer:

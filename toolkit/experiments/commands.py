@@ -105,6 +105,15 @@ def _search(asked: Request) -> int:
     from toolkit.experiments.search import Search
 
     options = asked.options
+    problems = []
+    if options.jobs != 1:
+        problems.append("--jobs is not for a search: start the command several times instead")
+    if options.retry_failed:
+        problems.append("--retry_failed is not for a search: it proposes other values")
+    if options.trials is not None and options.trials < 1:
+        problems.append(f"--trials got {options.trials}, allowed is 1 or more")
+    if problems:
+        raise ConfigError(problems)
     search = Search(asked.sweep, asked.extra, options.sampler, seed=None)
     complete = search.run(options.trials or asked.sweep.run_cap or 20)
     say(search.best())

@@ -5,6 +5,7 @@ search with several machines, start the same command on each. What early termina
 judged by validation metrics; the test set is scored, and never looked at here.
 """
 
+import hashlib
 import json
 import math
 import time
@@ -40,8 +41,8 @@ class Search:
         if problems := sweeps.overridden(sweep, extra):
             raise ConfigError(problems)
         self.folder = _runs_folder(sweep, extra)
-        self.name = f"search-{sweep.path.stem}"
-        self.study = _open_study(sweep, self.folder, sampler, seed)
+        self.name = f"search-{sweep.path.stem}-{_fingerprint(sweep, extra)}"
+        self.study = _open_study(sweep, self.folder / f".{self.name}.journal", sampler, seed)
 
     def run(self, trials: int) -> bool:
         """Run trials until all workers together have so many; return whether none has failed."""
@@ -133,6 +134,8 @@ class Search:
                     local.ask_to_stop(run)
         self.under_way = None
         local.withdraw(run)
+        if not self.stopping and read_state(run.folder).kind == "running":
+            return self._watch(trial, run)  # both had started it, and the other worker was first
         return pruned and not self.stopping
 
     def _values(self, run: Run) -> list[tuple[int, float]]:
@@ -189,7 +192,14 @@ def _has_failed(trial: Any) -> bool:
     return FAILED in trial.user_attrs
 
 
-def _open_study(sweep: Sweep, folder: Path, sampler: str, seed: int | None) -> Any:
+def _fingerprint(sweep: Sweep, extra: list[str]) -> str:
+    """Tell searches apart whose results cannot stand beside each other; how long they are may grow."""
+    asked = [sweep.program, sweep.command, sweep.parameters, sweep.metric, sweep.maximize]
+    text = json.dumps([*asked, sweep.early_terminate, sorted(extra)], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _open_study(sweep: Sweep, journal: Path, sampler: str, seed: int | None) -> Any:
     try:
         import optuna
         from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
@@ -197,9 +207,8 @@ def _open_study(sweep: Sweep, folder: Path, sampler: str, seed: int | None) -> A
         hint = "bash launch/install.sh search"
         raise ConfigError([f"--search optuna needs Optuna ({error}): {hint}"]) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = str(folder / f".search-{sweep.path.stem}.journal")
-    backend = JournalFileBackend(path, lock_obj=JournalFileOpenLock(path))
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    backend = JournalFileBackend(str(journal), lock_obj=JournalFileOpenLock(str(journal)))
     samplers = {
         "tpe": lambda: optuna.samplers.TPESampler(seed=seed),
         "random": lambda: optuna.samplers.RandomSampler(seed=seed),

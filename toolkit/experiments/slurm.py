@@ -18,7 +18,7 @@ from toolkit.console import complain
 from toolkit.errors import ConfigError, ToolkitError
 from toolkit.experiments.arguments import Request, split_flags
 from toolkit.experiments.states import read_state
-from toolkit.experiments.sweep import ROOT, Run, load, runs
+from toolkit.experiments.sweep import DEFAULT_COMMAND, ROOT, Run, load, runs
 from toolkit.files import write_text
 
 TEMPLATE = ROOT / "slurm" / "sweep.sbatch"
@@ -65,9 +65,8 @@ def freeze(request: Request, folder: Path) -> Path:
     Tasks read the file when they start, which may be days later: an edit must not change them.
     """
     content = yaml.safe_load(request.file.read_text(encoding="utf-8"))
-    for flag in request.extra:
-        name, equals, value = flag[2:].partition("=")
-        content["parameters"][name] = {"value": value if equals else True}
+    # behind the whole command, where `make_run` has them too: what comes later wins
+    content["command"] = [*content.get("command", DEFAULT_COMMAND), *request.extra]
     text = yaml.safe_dump(content, sort_keys=False)
     name = f"{request.file.stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml"
     (folder / SUBMITTED).mkdir(exist_ok=True)
