@@ -222,3 +222,18 @@ def test_a_start_killed_at_once_leaves_a_folder_that_can_be_used(tmp_path: Path)
     with folder.claim():
         folder.open(None)
     assert folder.status == "running"
+
+
+def test_a_start_begun_again_from_a_foreign_checkpoint_keeps_its_folder(tmp_path: Path) -> None:
+    """It has written nothing of its own yet: there is nothing to move aside."""
+    other, point = tmp_path / "other", tmp_path / "other" / "checkpoints" / "step-000002"
+    point.mkdir(parents=True)
+    (other / "best-step-000002").mkdir()
+    (other / "metrics.jsonl").write_text("{}\n")
+    folder = RunFolder(tmp_path / "mine")
+    for is_own in (False, True):
+        folder.open(point, is_own=is_own)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "other"]
+    assert folder.length() == 3
+    folder.open(point, is_own=False)
+    assert (tmp_path / "mine.old-1" / "metrics.jsonl").exists()

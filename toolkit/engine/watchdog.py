@@ -75,9 +75,9 @@ class Watchdog:
         while not self._ended.wait(BEAT_SECONDS):
             self.beats += 1
             self.note()
+            self.on_beat()  # first: a slow disk may take longer than the others wait
             with suppress(OSError):
                 os.fsync(self.file)  # for the other machines
-            self.on_beat()
             if self._overdue():
                 self._give_up()
 

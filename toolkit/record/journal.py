@@ -109,7 +109,7 @@ class RunFolder:
             set_newer_aside(self.checkpoints, point)
             clear_unfinished(self.checkpoints)
         else:
-            self._copy_record(point.parent.parent)
+            self._copy_record(point.parent.parent, is_own=is_own)
         self.clear_signs_of_life()
         self.set_status("running", split=self.split)
 
@@ -125,14 +125,15 @@ class RunFolder:
         is_path = resume not in ("auto", "strict", "none")
         return is_path and before["resume"] == resume and bool(steps_in(self.checkpoints))
 
-    def _copy_record(self, other: Path) -> None:
+    def _copy_record(self, other: Path, *, is_own: bool) -> None:
         """Take over what another folder's run has left besides its checkpoint."""
         if not (other / "metrics.jsonl").exists():
             raise CheckpointError(f"{other} has no metrics.jsonl: is it the whole run folder?")
-        self._move_aside()
+        if not is_own:
+            self._move_aside()
         self.set_status("running", split=self.split)  # marks the folder as a run's
         for best in other.glob("best-step-*"):
-            shutil.copytree(best, self.path / best.name)
+            shutil.copytree(best, self.path / best.name, dirs_exist_ok=True)
         shutil.copyfile(other / "metrics.jsonl", self.path / "metrics.jsonl")
 
     def clear_signs_of_life(self) -> None:
