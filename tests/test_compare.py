@@ -70,3 +70,11 @@ def test_the_cost_does_not_depend_on_the_rows() -> None:
     dice = np.random.default_rng(3)
     labels = dice.integers(0, 2, 400_000)
     assert p_value(judge(dice, labels, 0.95), judge(dice, labels, 0.949)) < 1
+
+
+def test_a_clear_difference_is_found_among_a_thousand() -> None:
+    """The smallest p-value that swaps can give must survive the correction."""
+    dice = np.random.default_rng(3)
+    labels = dice.integers(0, 2, 600)
+    good, bad = judge(dice, labels, 0.95), judge(dice, labels, 0.7)
+    assert against_best([good, *[bad] * 1000])[0] < ALPHA

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 import torch
 from safetensors.torch import save_file
 
@@ -82,6 +83,15 @@ def test_ties_are_said(tmp_path: Path) -> None:
     assert text.count("below the best") == 1
     assert text.count("\n| ") == 3
     assert "lucky side" in text
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
+    make_run(tmp_path, 0.88, head="v1", experiment="[bold]a|b[/nothing]")
+    found = results.settings(results.summaries(tmp_path))
+    out = io.StringIO()
+    Console(width=250, file=out).print(results.to_table(results.rows(found)))
+    assert "[bold]a|b[/nothing]" in out.getvalue()
+    assert r"| [bold]a\|b[/nothing] |" in results.to_markdown(results.rows(found), found)
 
 
 def test_runs_on_other_rows_are_not_compared(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_the_command_line_of_a_submission(
     )
     extra = ["--output_dir=out", "--wandb.group=a b"]
     assert main(["submit", str(SWEEP), "--throttle=8", "--account", "me", *extra]) == 0
-    [frozen] = (tmp_path / "out" / ".submitted").iterdir()
+    [frozen] = (tmp_path / "out" / ".submitted").glob("*/smoke.yaml")
     assert (fake / "calls").read_text().splitlines() == [
         str(ROOT),
         "--parsable",
@@ -84,6 +84,39 @@ def test_what_follows_the_arguments_wins_in_tasks_too(tmp_path: Path) -> None:
     assert tasks[0].config.wandb.project == "mine"
 
 
+def test_configurations_that_a_sweep_names_are_kept_too(tmp_path: Path) -> None:
+    """An edit after the submission changes neither the runs nor their names."""
+    files = [tmp_path / f"{name}.yaml" for name in ("one", "two")]
+    for number, file in enumerate(files):
+        file.write_text(f"seed: {number}\nhead: v1\n")
+    content = yaml.safe_load(SWEEP.read_text())
+    content["parameters"] = {"config": {"values": [str(file) for file in files]}}
+    sweep = tmp_path / "own.yaml"
+    sweep.write_text(yaml.safe_dump(content))
+    extra = [f"--output_dir={tmp_path}"]
+    request = Request(argparse.Namespace(), load(sweep), extra, [])
+    frozen = slurm.freeze(request, tmp_path)
+    before = [(run.run_id, run.label, run.config.seed) for run in request.runs()]
+    files[0].write_text("seed: 9\n")
+    after = [(run.run_id, run.label, run.config.seed) for run in runs(load(frozen), [])]
+    assert before == after
+    assert [seed for _, _, seed in after] == [0, 1]
+
+
+def test_a_configuration_given_as_a_flag_is_kept_too(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("epochs: 3\n")
+    content = yaml.safe_load(SWEEP.read_text())
+    del content["parameters"]["config"]
+    sweep = tmp_path / "own.yaml"
+    sweep.write_text(yaml.safe_dump(content))
+    extra = [f"--config={file}", f"--output_dir={tmp_path}"]
+    request = Request(argparse.Namespace(), load(sweep), extra, [])
+    frozen = slurm.freeze(request, tmp_path)
+    file.write_text("epochs: 7\n")
+    assert {run.config.epochs for run in runs(load(frozen), [])} == {3}
+
+
 def test_only_what_is_missing_is_submitted(
     fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,7 +127,7 @@ def test_only_what_is_missing_is_submitted(
     assert main(["submit", *arguments]) == 0
     assert "Submitted 4 of 4 runs as array 17" in capsys.readouterr().out
     script = f"{ROOT}/slurm/sweep.sbatch"
-    [frozen] = (out / ".submitted").iterdir()
+    [frozen] = (out / ".submitted").glob("*/smoke.yaml")
     other = tmp_path / "other.yaml"
     other.write_text(SWEEP.read_text().replace("2.0e-5", "3.0e-5"))
     by_hand = f"slurm/sweep.sbatch configs/sweeps/smoke.yaml --output-dir {out}"

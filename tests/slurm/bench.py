@@ -113,9 +113,7 @@ class Bench:
 
     def states(self, job: str) -> list[str]:
         """Return the states of a job's tasks that are still in the queue."""
-        found = self.cluster.ask(
-            "squeue", "-h", "--array", f"--jobs={job}", "-o", "%T", check=False
-        )
+        found = self.cluster.ask("squeue", "-h", "--array", f"--jobs={job}", "-o", "%T")
         return [state for state in found.split() if state != "COMPLETED"]
 
     def run_folder(self, name: str) -> Path:

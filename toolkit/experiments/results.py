@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow.parquet
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from toolkit.console import complain, say
 from toolkit.errors import DataError
@@ -168,7 +169,7 @@ def to_table(listed: list[dict[str, Any]]) -> Table:
     for title in _TITLES:
         table.add_column(title, justify="left" if title in _LEFT else "right", no_wrap=True)
     for row in listed:
-        table.add_row(*_cells(row))
+        table.add_row(*map(Text, _cells(row)))  # as they are: names may hold markup
     return table
 
 
@@ -176,7 +177,8 @@ def to_markdown(listed: list[dict[str, Any]], found: list[Setting]) -> str:
     """Render rows and what they mean as Markdown."""
     lines = ["| " + " | ".join(_TITLES) + " |"]
     lines += ["|" + "|".join("---" if title in _LEFT else "---:" for title in _TITLES) + "|"]
-    lines += ["| " + " | ".join(_cells(row)) + " |" for row in listed]
+    cells = [[cell.replace("|", r"\|") for cell in _cells(row)] for row in listed]
+    lines += ["| " + " | ".join(row) + " |" for row in cells]
     return "\n".join([*lines, "", *conclusions(listed, found), ""])
 
 

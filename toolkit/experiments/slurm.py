@@ -18,7 +18,7 @@ from toolkit.console import complain
 from toolkit.errors import ConfigError, ToolkitError
 from toolkit.experiments.arguments import Request, split_flags
 from toolkit.experiments.states import read_state
-from toolkit.experiments.sweep import DEFAULT_COMMAND, ROOT, Run, load, runs
+from toolkit.experiments.sweep import DEFAULT_COMMAND, ROOT, Run, find, load, runs
 from toolkit.files import write_text
 
 TEMPLATE = ROOT / "slurm" / "sweep.sbatch"
@@ -60,18 +60,38 @@ def submit(request: Request, todo: list[Run], throttle: int | None) -> str:
 
 
 def freeze(request: Request, folder: Path) -> Path:
-    """Write down the sweep with its flags, under a name that tells it from any other.
+    """Write down the sweep, its flags and the files that they name, in a folder of its own.
 
-    Tasks read the file when they start, which may be days later: an edit must not change them.
+    Tasks read it when they start, which may be days later: an edit must not change them.
     """
     content = yaml.safe_load(request.file.read_text(encoding="utf-8"))
     # behind the whole command, where `make_run` has them too: what comes later wins
     content["command"] = [*content.get("command", DEFAULT_COMMAND), *request.extra]
-    text = yaml.safe_dump(content, sort_keys=False)
-    name = f"{request.file.stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml"
-    (folder / SUBMITTED).mkdir(exist_ok=True)
-    write_text(folder / SUBMITTED / name, text)
-    return folder / SUBMITTED / name
+    content["command"] = [_freeze_flag(str(word), folder) for word in content["command"]]
+    config = content["parameters"].get("config", {})
+    if "value" in config:
+        config["value"] = _freeze_file(config["value"], folder)
+    if "values" in config:
+        config["values"] = [_freeze_file(value, folder) for value in config["values"]]
+    return _keep(request.file.name, yaml.safe_dump(content, sort_keys=False), folder / SUBMITTED)
+
+
+def _freeze_flag(word: str, folder: Path) -> str:
+    name, _, value = word.partition("=")
+    return f"{name}={_freeze_file(value, folder)}" if name == "--config" and value else word
+
+
+def _freeze_file(named: str, folder: Path) -> str:
+    file = Path(find(named))
+    return str(_keep(file.name, file.read_text(encoding="utf-8"), folder / SUBMITTED / "configs"))
+
+
+def _keep(name: str, text: str, folder: Path) -> Path:
+    """Write a file whose name stays, in a folder that tells it from any other text."""
+    path = folder / hashlib.sha256(text.encode()).hexdigest()[:8] / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+    return path
 
 
 def ranges(indexes: Iterable[int]) -> str:

@@ -203,7 +203,7 @@ def make_run(sweep: Sweep, index: int, cell: dict[str, Any], extra: list[str]) -
         ConfigError: when it is no valid run.
     """
     command = list(_expand(sweep.command, sweep.program, cell))
-    start = command.index(_place(sweep.program)) + 1
+    start = command.index(find(sweep.program)) + 1
     flags = [*command[start:], *extra]
     differ = {name: value for name, value in cell.items() if "value" not in sweep.parameters[name]}
     return Run(index, differ, flags, [*command, *extra], parse(flags, "sweep"))
@@ -251,23 +251,23 @@ def _choices(name: str, parameter: dict[str, Any]) -> Iterator[Any]:
 def _expand(command: list[str], program: str, cell: dict[str, Any]) -> Iterator[str]:
     """Fill in a command as W&B's agent does: a macro is a word of its own."""
     flags = [
-        f"--{name}={_place(value) if name == 'config' else value}" for name, value in cell.items()
+        f"--{name}={find(value) if name == 'config' else value}" for name, value in cell.items()
     ]
     macros = {
         "${env}": ["/usr/bin/env"],
         "${interpreter}": ["python"],
-        "${program}": [_place(program)],
+        "${program}": [find(program)],
         "${args}": flags,
     }
     for token in command:
-        yield from macros.get(token, [_place(ENVIRONMENT.sub(_variable, token))])
+        yield from macros.get(token, [find(ENVIRONMENT.sub(_variable, token))])
 
 
 def _variable(found: re.Match[str]) -> str:
     return os.environ.get(found[1], found[1])
 
 
-def _place(path: str) -> str:
+def find(path: str) -> str:
     """Let what the repository has be found from any working directory."""
     in_repository = "/" in str(path) and not Path(path).exists() and (ROOT / path).is_file()
     return str(ROOT / path) if in_repository else path
