@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 
 from toolkit.config import RunConfig
