@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from toolkit.data.hashing import key64, shuffled
 from toolkit.data.steps import Stream, balance, cost, deal, epoch_order
 
 
@@ -112,3 +113,10 @@ def test_padding_is_small_with_several_padded_micro_batches() -> None:
 def test_balance_keeps_order_and_survives_more_parts_than_rows() -> None:
     parts = balance(np.array([5, 9, 1]), 5)
     assert sorted(len(part) for part in parts) == [0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 1000, 2**16 + 1])
+def test_a_shuffle_holds_every_number_once(count: int) -> None:
+    order = shuffled(key64("a purpose", count), count)
+    assert sorted(order.tolist()) == [*range(count)]
+    assert count < 1000 or (order != np.arange(count)).mean() > 0.99
