@@ -360,7 +360,7 @@ def _take(parser: ArgumentParser, item: Item, values: dict[str, Any]) -> str | N
     if _takes_int(name) and isinstance(value, float) and value.is_integer():
         value = int(value)  # W&B draws 16.0 from q_uniform
     try:
-        parsed = parser.parse_object({name: {inner: value} if inner else value}).as_dict()[name]
+        parsed = _parsed(parser, name, {inner: value} if inner else value)
         if name == "wandb":
             parsed = {key: parsed[key] for key in ({inner} if inner else value)}
     except Exception as error:  # jsonargparse raises several types; each means "does not fit"
@@ -371,6 +371,19 @@ def _take(parser: ArgumentParser, item: Item, values: dict[str, Any]) -> str | N
         return f"{name} got {item.value!r}, allowed is {_allowed(name)}"
     values[name] = values.get(name, {}) | parsed if name == "wandb" else parsed
     return None
+
+
+_known: dict[tuple[str, str], Any] = {}
+"""What `_parsed` has found. The runs of a sweep share most of their values, and jsonargparse takes some
+milliseconds for each: a sweep of 1,000 runs would be read for minutes."""
+
+
+def _parsed(parser: ArgumentParser, name: str, value: Any) -> Any:
+    """Check and convert a field's value."""
+    key = (name, repr(value))  # tells 1 from True and 1.0, which are equal
+    if key not in _known:
+        _known[key] = parser.parse_object({name: value}).as_dict()[name]
+    return _known[key]
 
 
 def _as_text(value: Any) -> Any:
