@@ -189,3 +189,10 @@ def test_whole_numbers_that_agents_write_as_floats() -> None:
     assert parse(["--batch_size=16.0", "--max_steps=20.0"]).batch_size == 16
     with pytest.raises(ConfigError, match=r"batch_size got 16\.5"):
         parse(["--batch_size=16.5"])
+
+
+def test_values_that_are_equal_but_of_another_type_stay_apart() -> None:
+    """What was parsed before is remembered."""
+    assert parse(["--seed=1"]).seed == 1
+    with pytest.raises(ConfigError, match="seed got True"):
+        parse(["--seed=true"])

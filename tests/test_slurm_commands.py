@@ -103,14 +103,19 @@ def test_configurations_that_a_sweep_names_are_kept_too(tmp_path: Path) -> None:
     assert [seed for _, _, seed in after] == [0, 1]
 
 
-def test_a_configuration_given_as_a_flag_is_kept_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_two_words", [False, True])
+def test_a_configuration_given_as_a_flag_is_kept_too(tmp_path: Path, is_two_words: bool) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("epochs: 3\n")
     content = yaml.safe_load(SWEEP.read_text())
     del content["parameters"]["config"]
+    extra = [f"--output_dir={tmp_path}"]
+    if is_two_words:
+        content["command"] = ["python", "${program}", "${args}", "--config", str(file)]
+    else:
+        extra.append(f"--config={file}")
     sweep = tmp_path / "own.yaml"
     sweep.write_text(yaml.safe_dump(content))
-    extra = [f"--config={file}", f"--output_dir={tmp_path}"]
     request = Request(argparse.Namespace(), load(sweep), extra, [])
     frozen = slurm.freeze(request, tmp_path)
     file.write_text("epochs: 7\n")

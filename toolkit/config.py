@@ -375,7 +375,7 @@ def _take(parser: ArgumentParser, item: Item, values: dict[str, Any]) -> str | N
 
 _known: dict[tuple[str, str], Any] = {}
 """What `_parsed` has found. The runs of a sweep share most of their values, and jsonargparse takes some
-milliseconds for each: a sweep of 1,000 runs would be read for minutes."""
+milliseconds for each."""
 
 
 def _parsed(parser: ArgumentParser, name: str, value: Any) -> Any:

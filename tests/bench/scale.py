@@ -7,6 +7,7 @@ does not fit behind the backward pass. Nothing here is measured but the balance,
 """
 
 import argparse
+import itertools
 import sys
 import tempfile
 from pathlib import Path
@@ -35,8 +36,16 @@ def step_seconds(compute: float, balance: float, transfer: float) -> float:
     return compute * balance + max(0.0, transfer - BACKWARD * compute)
 
 
+def row(batch_size: int, ranks: int, gb_per_s: float, alone: float, balance: float) -> str:
+    """Render one line; `alone` is the reviews/s of one rank."""
+    transfer = communication_bytes("replicas", PARAMETERS, ranks) / gb_per_s / 1e9
+    rate = batch_size / step_seconds(batch_size / ranks / alone, balance, transfer)
+    cells = (batch_size, ranks, f"{balance:.3f}", f"{gb_per_s:g}", f"{rate:,.0f}")
+    return "| " + " | ".join(map(str, cells)) + f" | {rate / (alone * ranks):.0%} |"
+
+
 def main(argv: list[str]) -> int:
-    """Print a table for each bandwidth."""
+    """Print a line for each batch size, number of ranks and bandwidth."""
     made = argparse.ArgumentParser("python -m tests.bench.scale", description=__doc__)
     made.add_argument("--batch_size", type=int, nargs="+", default=[256, 2048])
     made.add_argument("--tflops", type=float, default=400.0, help="reached by one GPU")
@@ -45,19 +54,13 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         split = make_split(Path(folder), ROWS)
         flops = token_flops(LAYERS, WIDTH, INNER, split.offsets) * split.offsets[-1] / ROWS
+        alone = options.tflops * 1e12 / flops
         say("| batch | ranks | largest / mean | GB/s | reviews/s | of n times one |")
         say("|---:|---:|---:|---:|---:|---:|")
-        for batch_size in options.batch_size:
-            alone = options.tflops * 1e12 / flops
-            for ranks in RANKS:
-                balance = imbalance(split, batch_size, ranks, padded=False)
-                compute = batch_size / ranks / alone
-                for speed in options.gb_per_s:
-                    transfer = communication_bytes("replicas", PARAMETERS, ranks) / speed / 1e9
-                    rate = batch_size / step_seconds(compute, balance, transfer)
-                    share = rate / (alone * ranks)
-                    cells = (batch_size, ranks, f"{balance:.3f}", f"{speed:g}", f"{rate:,.0f}")
-                    say("| " + " | ".join(map(str, cells)) + f" | {share:.0%} |")
+        for batch_size, ranks in itertools.product(options.batch_size, RANKS):
+            balance = imbalance(split, batch_size, ranks, padded=False)
+            for speed in options.gb_per_s:
+                say(row(batch_size, ranks, speed, alone, balance))
     return 0
 
 

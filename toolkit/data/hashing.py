@@ -34,8 +34,8 @@ def hash64(key: np.uint64, values: np.ndarray) -> np.ndarray:
 def shuffled(key: np.uint64, count: int) -> np.ndarray:
     """Return a permutation of `range(count)` that depends on the key alone.
 
-    Each number goes into the low bits of its hash: sorting values takes a third of the time of sorting
-    places by them, and what is equal above those bits is still in one order on every machine.
+    Each number goes into the low bits of its hash: sorting values takes half the time of sorting places
+    by them, and what is equal above those bits is still in one order on every machine.
     """
     numbers = np.arange(count, dtype=np.uint64)
     low = np.uint64((1 << max(count - 1, 0).bit_length()) - 1)

@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import yaml
@@ -67,7 +67,7 @@ def freeze(request: Request, folder: Path) -> Path:
     content = yaml.safe_load(request.file.read_text(encoding="utf-8"))
     # behind the whole command, where `make_run` has them too: what comes later wins
     content["command"] = [*content.get("command", DEFAULT_COMMAND), *request.extra]
-    content["command"] = [_freeze_flag(str(word), folder) for word in content["command"]]
+    content["command"] = list(_freeze_flags(map(str, content["command"]), folder))
     config = content["parameters"].get("config", {})
     if "value" in config:
         config["value"] = _freeze_file(config["value"], folder)
@@ -76,9 +76,17 @@ def freeze(request: Request, folder: Path) -> Path:
     return _keep(request.file.name, yaml.safe_dump(content, sort_keys=False), folder / SUBMITTED)
 
 
-def _freeze_flag(word: str, folder: Path) -> str:
-    name, _, value = word.partition("=")
-    return f"{name}={_freeze_file(value, folder)}" if name == "--config" and value else word
+def _freeze_flags(command: Iterable[str], folder: Path) -> Iterator[str]:
+    before = ""
+    for word in command:
+        name, _, value = word.partition("=")
+        if before == "--config":
+            yield _freeze_file(word, folder)
+        elif name == "--config" and value:
+            yield f"--config={_freeze_file(value, folder)}"
+        else:
+            yield word
+        before = word
 
 
 def _freeze_file(named: str, folder: Path) -> str:
