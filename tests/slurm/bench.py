@@ -122,25 +122,29 @@ class Bench:
     def status(self, name: str) -> dict[str, Any]:
         return json.loads((self.run_folder(name) / "status.json").read_text())
 
-    def processes(self) -> list[int]:
+    def processes(self) -> list[psutil.Process]:
         """Return the processes of this bench's jobs."""
         found = []
-        for process in psutil.process_iter(["cmdline"]):
+        for process in psutil.process_iter(["cmdline", "status"]):
             words = " ".join(process.info["cmdline"] or [])
             if str(self.folder) in words or "slurmstepd" in words:
-                found.append(process.pid)
+                found.append(process)
         return found
 
     def is_asked_to_stop(self, job: str) -> bool:
         """Tell whether a job's script has heard that its time is nearly up."""
         return Path(tempfile.gettempdir(), f"toolkit-stop-{job}").exists()
 
-    def let_go_on(self) -> None:
-        """Continue the trainers that a fault has stopped."""
-        for pid in self.processes():
-            process = psutil.Process(pid)
-            if process.status() == psutil.STATUS_STOPPED:
-                process.resume()
+    def let_go_on(self) -> bool:
+        """Continue the trainers that a fault has stopped; tell whether there was one."""
+        stopped = [
+            process
+            for process in self.processes()
+            if process.info["status"] == psutil.STATUS_STOPPED
+        ]
+        for process in stopped:
+            process.resume()
+        return bool(stopped)
 
     def has_restarted(self) -> bool:
         """Tell whether a second start has taken the run over."""

@@ -109,7 +109,7 @@ def hurt_requeue(bench: Bench, job: str) -> None:
 def hurt_node(bench: Bench, job: str) -> None:
     """The node dies with all that runs on it; SLURM notices after SlurmdTimeout."""
     node = bench.cluster.node_of(job)
-    bench.cluster.kill_node(node, bench.processes())
+    bench.cluster.kill_node(node, [process.pid for process in bench.processes()])
     bench.cluster.wait_for(lambda: bench.has_restarted(), 120)
     bench.cluster.start_node(node)
 
@@ -126,12 +126,14 @@ def test_interrupted_and_goes_on(bench: Bench, uninterrupted: dict[str, Any], hu
 
 
 def test_walltime(bench: Bench, uninterrupted: dict[str, Any]) -> None:
-    """SLURM looks only every 30 s whose time is up: the run pauses for it, on a machine of any speed."""
+    """The run pauses in the middle until its time is nearly up, which SLURM notices every 30 s only.
+
+    A start that is asked before it has come so far goes on the next time.
+    """
     options = ("--cpus-per-task=1", "--time=1", "--signal=B:USR2@50")
     fault = {"TOOLKIT_FAULT": "stop@data:0:100"}
     job = bench.train(*options, flags=[*LONG, "--run_id=long"], **fault)
-    bench.cluster.wait_for(lambda: bench.is_asked_to_stop(job), 90)
-    bench.let_go_on()
+    bench.cluster.wait_for(lambda: bench.is_asked_to_stop(job) and bench.let_go_on(), 300)
     bench.wait(job, 300)
     assert bench.status("long")["status"] == "completed", bench.logs()
     assert "queued again (1 of at most 20 times)" in bench.logs()

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 from toolkit.console import say
-from toolkit.errors import ConfigError
 from toolkit.experiments import slurm
 from toolkit.experiments.arguments import parser, read
+from toolkit.experiments.sweep import run_at
 
 
 def submit(argv: list[str]) -> int:
@@ -35,10 +35,7 @@ def task(argv: list[str]) -> int:
     made = parser("task", task.__doc__)
     made.add_argument("index", type=int, help="which run, from 0")
     asked = read(made, argv)
-    runs, index = asked.runs(), asked.options.index
-    if not 0 <= index < len(runs):
-        raise ConfigError([f"run {index} of {len(runs)}: allowed are 0 to {len(runs) - 1}"])
-    run = runs[index]
+    run = run_at(asked.sweep, asked.options.index, asked.extra)
     sys.stdout.write("".join(f"{text}\0" for text in (str(run.folder), *run.flags)))
     return 0
 

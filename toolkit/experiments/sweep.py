@@ -169,9 +169,6 @@ def runs(sweep: Sweep, extra: list[str]) -> list[Run]:
     Raises:
         ConfigError: naming every run that is no valid run, and every two that are the same.
     """
-    if sweep.method != "grid":
-        hint = "`sweep run --search optuna` or a W&B agent searches"
-        raise ConfigError([f"{sweep.path}: method {sweep.method} has no list of runs; {hint}"])
     problems = overridden(sweep, extra)
     extra = [] if problems else extra
     found: dict[str, Run] = {}
@@ -187,6 +184,20 @@ def runs(sweep: Sweep, extra: list[str]) -> list[Run]:
     if problems:
         raise ConfigError(problems)
     return list(found.values())
+
+
+def run_at(sweep: Sweep, index: int, extra: list[str]) -> Run:
+    """Return one run of a grid without looking at the others, of which there may be thousands.
+
+    Raises:
+        ConfigError: when there is no such run, or it is no valid one.
+    """
+    if problems := overridden(sweep, extra):
+        raise ConfigError(problems)
+    for place, cell in enumerate(_cells(sweep)):
+        if place == index:
+            return make_run(sweep, index, cell, extra)
+    raise ConfigError([f"{sweep.path}: there is no run {index}; they are counted from 0"])
 
 
 def overridden(sweep: Sweep, extra: list[str]) -> list[str]:
@@ -211,6 +222,9 @@ def make_run(sweep: Sweep, index: int, cell: dict[str, Any], extra: list[str]) -
 
 def _cells(sweep: Sweep) -> Iterator[dict[str, Any]]:
     """Yield the grid's choices of values."""
+    if sweep.method != "grid":
+        hint = "`sweep run --search optuna` or a W&B agent searches"
+        raise ConfigError([f"{sweep.path}: method {sweep.method} has no list of runs; {hint}"])
     problems = []
     choices: dict[str, list[Any]] = {}
     for name, parameter in sweep.parameters.items():
