@@ -8,7 +8,7 @@ if [[ -z ${LAUNCH:-} ]]; then
     if ((SLURM_NNODES > 1)); then launch=ddp_nodes; fi
     LAUNCH=$TOOLKIT_ROOT/launch/$launch.yaml
 fi
-exec accelerate launch --config_file "$LAUNCH" \
+exec python -m toolkit.reaper accelerate launch --config_file "$LAUNCH" \
     --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" \
     --num_processes $((processes * SLURM_NNODES)) \
     --main_process_ip "$MASTER" --main_process_port "$MASTER_PORT" \

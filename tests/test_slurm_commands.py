@@ -3,12 +3,14 @@
 import argparse
 import json
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.programs import ROOT
+from toolkit import scheduler
 from toolkit.experiments import slurm
 from toolkit.experiments.arguments import Request
 from toolkit.experiments.commands import main
@@ -66,8 +68,10 @@ def test_the_command_line_of_a_submission(
         str(frozen),
     ]
     ours, theirs = runs(load(SWEEP), extra), runs(load(frozen), [])
-    assert [run.config for run in ours] == [run.config for run in theirs]
+    there = [replace(run.config, output_dir=str(tmp_path / "out")) for run in ours]
+    assert there == [run.config for run in theirs]
     assert theirs[0].config.wandb.group == "a b"
+    assert theirs[0].folder == tmp_path / "out" / theirs[0].run_id, "wherever a task starts"
 
 
 def test_what_follows_the_arguments_wins_in_tasks_too(tmp_path: Path) -> None:
@@ -137,22 +141,35 @@ def test_only_what_is_missing_is_submitted(
     other.write_text(SWEEP.read_text().replace("2.0e-5", "3.0e-5"))
     by_hand = f"slurm/sweep.sbatch configs/sweeps/smoke.yaml --output-dir {out}"
     lines = [
-        f"0|/elsewhere|{script} {frozen}",
-        f"1|{ROOT}|{by_hand}",
-        f"2|{ROOT}|{by_hand}-2",
-        f"2|{ROOT}|{script} {other} --output_dir={out}",
-        f"3|/elsewhere|{by_hand}",
-        f"N/A|{ROOT}|{ROOT}/slurm/train.sbatch --head=v1",
+        f"0|17_0|PENDING|Priority||/elsewhere|{script} {frozen}",
+        f"1|18_1|RUNNING||n1|{ROOT}|{by_hand}",
+        f"2|19_2|PENDING|JobHeldUser||{ROOT}|{by_hand}-2",
+        f"2|20_2|PENDING|Resources||{ROOT}|{script} {other} --output_dir={out}",
+        f"3|21_3|PENDING|Resources||/elsewhere|{script} missing.yaml",
+        f"3|22_3|PENDING|Resources||/elsewhere|{by_hand}",
+        f"N/A|23|PENDING|Resources||{ROOT}|{ROOT}/slurm/train.sbatch --head=v1",
     ]
     (fake / "queue").write_text("\n".join(lines) + "\n")
     assert main(["submit", *arguments]) == 0
     assert "--array=2-3 " in (fake / "calls").read_text()
     shown = capsys.readouterr()
-    assert "tasks in the queue that are not understood" in shown.err, "/elsewhere has no such file"
+    assert shown.err.count("a task in the queue is not understood") == 1, "missing.yaml"
     assert main(["status", *arguments]) == 0
     said = capsys.readouterr().out
-    assert said.count(" queued ") == 2
+    assert "job 17_0, PENDING (Priority)" in said
+    assert "job 18_1, RUNNING on n1, not begun yet" in said
     assert "2 queued, 2 waiting" in said
+
+
+@pytest.mark.parametrize("option", ["--array=0", "-a", "--test-only", "--output=x"])
+def test_what_submit_decides_itself(
+    fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    assert main(["submit", str(SWEEP), f"--output_dir={tmp_path}", option, "--nodes=1"]) == 2
+    shown = capsys.readouterr()
+    assert f"{option.partition('=')[0]} is not for `sweep submit`" in shown.err
+    assert "--nodes" not in shown.err
+    assert not list(tmp_path.glob("*/.submitted"))
 
 
 def test_a_refusal_of_sbatch_is_shown(
@@ -196,10 +213,68 @@ def test_who_queues_again(
     monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    monkeypatch.setattr(slurm, "ASK_AGAIN_SECONDS", (0, 0))
     flag = ["--asked"] if asked else []
     assert main(["requeue", str(tmp_path), *flag]) == (0 if wanted else 1)
     calls = (fake / "calls").read_text() if (fake / "calls").exists() else ""
     assert calls.endswith("scontrol requeue 12_3\n") == wanted, "exactly this task"
+
+
+def test_a_controller_that_is_away_for_a_moment(
+    fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Asked again; and if it refuses for good, nobody is told that the job is queued."""
+    monkeypatch.setenv("SLURM_JOB_ID", "15")
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    monkeypatch.setattr(slurm, "ASK_AGAIN_SECONDS", (0, 0))
+    (tmp_path / "status.json").write_text('{"status": "preempted"}')
+    script = "#!/bin/sh\necho x >> {0}/tries\n[ $(wc -l < {0}/tries) -ge {1} ] || exit 1\n"
+    monkeypatch.setenv("PATH", f"{fake}:/usr/bin:/bin")
+    (fake / "scontrol").write_text(script.format(fake, 3))
+    assert main(["requeue", str(tmp_path), "--asked"]) == 0
+    assert "asked again" in capsys.readouterr().err
+    (fake / "tries").unlink()
+    (fake / "scontrol").write_text(script.format(fake, 9))
+    assert main(["requeue", str(tmp_path), "--asked"]) == 1
+    shown = capsys.readouterr()
+    assert "failed" in shown.err
+    assert "queued again (1" in shown.out
+    assert "to be queued" in shown.out
+
+
+def test_a_start_that_took_no_step_is_said(
+    fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "15")
+    (tmp_path / "status.json").write_text('{"status": "preempted", "start": "b"}')
+    run = {"start": "a", "first_step": 1, "num_steps": 9}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 4, "time": 1}\n')
+    assert main(["requeue", str(tmp_path), "--asked"]) == 0
+    assert "This start took no step" in capsys.readouterr().out
+    (tmp_path / "run.json").write_text(json.dumps(run | {"start": "b"}))
+    assert main(["requeue", str(tmp_path), "--asked"]) == 0
+    assert "took no step" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("job", "takes"),
+    [
+        ("JobId=15 JobState=RUNNING PreemptTime=None Restarts=1", False),
+        ("JobId=15 JobState=RUNNING PreemptTime=2026-11-23T19:08:10 Restarts=1", True),
+        ("JobId=15 JobState=COMPLETING Restarts=2", True),
+        ("JobId=15 JobState=COMPLETING PreemptTime=None Restarts=1", False),
+        ("slurm_load_jobs error: Invalid job id specified", False),
+    ],
+    ids=["terminated by another", "preempted", "requeued", "cancelled", "no answer"],
+)
+def test_whose_sigterm_it_is(
+    fake: Path, monkeypatch: pytest.MonkeyPatch, job: str, takes: bool
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "15")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    (fake / "job").write_text(job)
+    assert scheduler.takes_the_place() == takes
 
 
 def test_preempted_by_sigterm(fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,6 +162,70 @@ def test_every_run_is_checked_before_one_is_started(tmp_path: Path) -> None:
     assert "runs 0 and 2 are the same run" in text
 
 
+def test_a_task_asks_for_one_run_of_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run that the list has there, without making the others; none behind the last."""
+    made = []
+    make_run = sweeps.make_run
+
+    def count(*args: Any) -> sweeps.Run:
+        made.append(args)
+        return make_run(*args)
+
+    path = write(tmp_path, parameters={"seed": {"values": [*range(500)]}})
+    listed = runs(path, "--head=v1")
+    monkeypatch.setattr(sweeps, "make_run", count)
+    assert main(["task", str(path), "321", "--head=v1"]) == 0
+    assert capsys.readouterr().out.split("\0")[:-1] == [str(listed[321].folder), *listed[321].flags]
+    assert len(made) == 1
+    for index in (500, -1):
+        with pytest.raises(ConfigError, match=f"there is no run {index}"):
+            sweeps.run_at(sweeps.load(path), index, [])
+    with pytest.raises(ConfigError, match="varies it from run to run"):
+        sweeps.run_at(sweeps.load(path), 0, ["--seed=3"])
+
+
+def test_no_more_runs_than_the_cap(tmp_path: Path) -> None:
+    """As W&B's server does."""
+    path = write(tmp_path, run_cap=2, parameters={"seed": {"values": [*range(5)]}})
+    assert [run.values["seed"] for run in runs(path)] == [0, 1]
+    assert sweeps.run_at(sweeps.load(path), 1, []).values == {"seed": 1}
+    with pytest.raises(ConfigError, match="there is no run 2"):
+        sweeps.run_at(sweeps.load(path), 2, [])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"program": 3},
+        {"program": None},
+        {"run_cap": "ten"},
+        {"run_cap": 0},
+        {"early_terminate": "hyperband"},
+        {"metric": {"name": 3}},
+        {"parameters": {"lr": {"value": 1e-5, "values": [1e-5]}}},
+        {"parameters": {"wandb": {"parameters": "abc"}}},
+        {"parameters": {"wandb": {"parameters": 3}}},
+        {"parameters": {"seed": {"distribution": "int_uniform", "min": 1, "max": 2.5}}},
+    ],
+)
+def test_what_wandb_refuses_we_refuse(tmp_path: Path, content: dict[str, Any]) -> None:
+    path = write(tmp_path, **({"parameters": {"seed": {"value": 1}}} | content))
+    with pytest.raises(ConfigError) as caught:
+        sweeps.load(path)
+    assert len(caught.value.problems) == 1
+
+
+def test_a_configuration_for_all_runs(tmp_path: Path) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text("epochs: 7\n")
+    path = write(tmp_path, parameters={"seed": {"values": [0, 1]}})
+    extra, others = split_flags(["--config", str(config), "--head=v1"])
+    assert not others
+    assert {run.config.epochs for run in runs(path, *extra)} == {7}
+
+
 def test_what_a_grid_cannot_list(tmp_path: Path) -> None:
     uniform = {"lr": {"min": 0.1, "max": 0.2}}
     with pytest.raises(ConfigError, match="a grid needs value or values"):

@@ -189,6 +189,11 @@ class RunConfig:
         """The run folder."""
         return Path(self.output_dir) / str(self.run_id)
 
+    @property
+    def wandb_place(self) -> tuple[dict[str, Any], str, Path]:
+        """Where W&B files the run: project and so on, the run's name, its folder."""
+        return dataclasses.asdict(self.wandb), str(self.run_id), self.folder
+
     def identity(self) -> dict[str, Any]:
         """Return the fields that define the run: all that change what it computes."""
         fields = dataclasses.fields(self)

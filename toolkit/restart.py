@@ -16,6 +16,7 @@ from typing import NoReturn
 
 import psutil
 
+from toolkit import scheduler
 from toolkit.stop import SIGNALS, Stop
 
 COUNT = "TORCHELASTIC_RESTART_COUNT"
@@ -88,4 +89,6 @@ def is_in_place() -> bool:
 
 def is_restarted() -> bool:
     """Tell whether this very start, by its launcher or by SLURM, has begun before."""
-    return attempt() > 0 or int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+    # a W&B agent's job that begins again starts other runs
+    is_job_of_one_run = "WANDB_SWEEP_ID" not in os.environ
+    return attempt() > 0 or (is_job_of_one_run and scheduler.restarts() > 0)

@@ -2,7 +2,6 @@
 
 import time
 import traceback
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,7 +36,7 @@ from toolkit.record.journal import RunFolder
 from toolkit.record.metrics import as_record, table
 from toolkit.record.progress import TrainingProgress
 from toolkit.record.provenance import provenance
-from toolkit.record.tracking import Tracker, is_agents_run, wandb_arguments
+from toolkit.record.tracking import Tracker, give_back, is_agents_run, wandb_arguments
 from toolkit.redact import redact_values
 from toolkit.restart import MEETING_SECONDS, Restart
 from toolkit.saving import Saving
@@ -64,7 +63,7 @@ def run(
     """
     restart = Restart(stop)
     try:
-        with stop.leaving(lambda: _record_early_stop(folder)):
+        with stop.leaving(lambda: _record_early_stop(config, folder, stop)):
             runtime = Runtime(config.precision, config.cpu_threads, config.rank_timeout)
             known = (folder.start, folder.split, point)
             folder.start, folder.split, point = runtime.from_main(known)
@@ -107,8 +106,13 @@ def make_trainer(
     return trainer
 
 
-def _record_early_stop(folder: RunFolder) -> None:
+def _record_early_stop(config: RunConfig, folder: RunFolder, stop: Stop) -> None:
     folder.record_crash("preempted", message=str(Preempted()), split=folder.split)
+    is_main = bool(
+        folder.start
+    )  # only the main process has opened it, while the ranks have not met
+    if is_main and config.track == "wandb" and is_agents_run() and stop.by_scheduler:
+        give_back(wandb_arguments(*config.wandb_place))
 
 
 def _status(error: BaseException) -> str:
@@ -281,8 +285,10 @@ class Run:
             return
         self.folder.begin(config.to_yaml(), facts)
         if config.track == "wandb":
-            place = asdict(config.wandb), str(config.run_id), self.folder.path
-            arguments, shown = wandb_arguments(*place), redact_values(config.identity())
+            arguments, shown = (
+                wandb_arguments(*config.wandb_place),
+                redact_values(config.identity()),
+            )
             self.tracker = Tracker(lambda: runtime.start_wandb(arguments, shown))
         self.say(
             f"Training on {runtime.world_size} x {facts['device']} ({facts['distributed_type']}), "

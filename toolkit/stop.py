@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from toolkit import scheduler
 from toolkit.errors import Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
@@ -43,11 +44,10 @@ class Stop:
         self.file: Path | None = None
         """A file whose appearance is a request too; it is removed when it is noted. So is the one
         that TOOLKIT_STOP_FILE names: a batch script does not always know the run folder."""
-        self.by_scheduler = False
-        """The request came by a file or by SIGUSR2, as the templates for SLURM make it."""
         self._raises = False
         self._last_words: Callable[[], None] | None = None
         self._by_file = False
+        self._signal = 0
 
     def __enter__(self) -> "Stop":
         # Python runs its handlers between two lines of the main thread, which may be waiting in a
@@ -108,6 +108,13 @@ class Stop:
             self._last_words()
             os._exit(Preempted.exit_code)
 
+    @property
+    def by_scheduler(self) -> bool:
+        """Whether the request came by a file or by SIGUSR2, as the templates for SLURM make it, or by
+        SLURM itself, which is asked: it may take a moment."""
+        by_template = self._by_file or self._signal == signal.SIGUSR2
+        return self.requested and (by_template or scheduler.takes_the_place())
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._raises:
             raise Preempted
@@ -143,10 +150,23 @@ class Stop:
             os.write(2, b"second signal: leaving at once; the last checkpoint is whole\n")
             os._exit(128 + number)
         if not self.requested:
-            self.requested, self.since = True, now
-            self.by_scheduler = self._by_file or number == signal.SIGUSR2
+            self._signal, self.since, self.requested = number, now, True
             self.deadline = math.inf if self._by_file else now + _shutdown_seconds()
             self._leave()
+
+
+@contextmanager
+def deafened() -> Iterator[None]:
+    """Let processes that are started in the block never hear a request to stop.
+
+    SLURM and a terminal signal all processes of a job. W&B's own would leave at once, with the rows
+    that it has not sent, while we save; it leaves with us anyway. A blocked signal stays so in a child.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # other threads hear them for us
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _shutdown_seconds() -> float:

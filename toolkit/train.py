@@ -17,7 +17,6 @@ if __package__ in (None, ""):
     # `model` or `record` would shadow libraries of that name. The repository's root belongs there.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import dataclasses
 import time
 import traceback
 from contextlib import ExitStack
@@ -33,7 +32,7 @@ from toolkit.prepare import prepare_data
 from toolkit.record.checkpoints import Origin, choose, differences
 from toolkit.record.journal import RunFolder
 from toolkit.record.metrics import table
-from toolkit.record.tracking import is_agents_run, replay, wandb_arguments
+from toolkit.record.tracking import give_back, is_agents_run, replay, wandb_arguments
 from toolkit.redact import redact_values
 from toolkit.restart import is_in_place, is_restarted
 from toolkit.stop import Stop
@@ -80,6 +79,8 @@ def start(config: RunConfig, turn: Turn, stop: Stop) -> int:
         failure = Preempted() if stop.requested else error
         if turn.is_main:
             folder.record_failure(getattr(failure, "status", "io_error"), str(failure))
+            if config.track == "wandb" and is_agents_run() and stop.by_scheduler:
+                give_back(wandb_arguments(*config.wandb_place))
         raise failure from error
     if folder.status == "completed" and not (config.overwrite and not is_restarted()):
         return show_result(config, tokens, folder, turn)
@@ -161,9 +162,8 @@ def show_result(config: RunConfig, tokens: TokenCache, folder: RunFolder, turn: 
         )
     if turn.is_main:
         if config.track == "wandb" and is_agents_run():
-            place = dataclasses.asdict(config.wandb), str(config.run_id), folder.path
             shown = redact_values(config.identity())
-            replay(folder.path / "metrics.jsonl", wandb_arguments(*place), shown)
+            replay(folder.path / "metrics.jsonl", wandb_arguments(*config.wandb_place), shown)
         say(table(summary["test"], "test"))
         say(f"run folder: {folder.path}\nThis run is complete. To train it again: --overwrite")
     return 0

@@ -46,11 +46,11 @@ class Bench:
         self.flags = [f"--{name}={value}" for name, value in self.fixed.items()]
         self.write(self.runs)
 
-    def write(self, output_dir: Path) -> None:
+    def write(self, output_dir: Path, grid: dict[str, list[Any]] = GRID) -> None:
         """Write the sweep file; its runs go to a folder."""
         fixed = self.fixed | {"output_dir": str(output_dir)}
         parameters: dict[str, Any] = {name: {"value": value} for name, value in fixed.items()}
-        parameters |= {name: {"values": values} for name, values in GRID.items()}
+        parameters |= {name: {"values": values} for name, values in grid.items()}
         command = ["accelerate", "launch", "--config_file", str(ROOT / "launch" / "cpu.yaml")]
         sweep = {
             "program": str(ROOT / "toolkit" / "train.py"),
@@ -149,6 +149,13 @@ class Bench:
     def has_restarted(self) -> bool:
         """Tell whether a second start has taken the run over."""
         return "Going on after step" in self.logs()
+
+    def journals(self) -> list[Path]:
+        return [*self.runs.glob("*/metrics.jsonl")]
+
+    def has_begun(self) -> bool:
+        """Tell whether a run is some steps old."""
+        return any('"step": 20,' in path.read_text() for path in self.journals())
 
     def has_logged(self, name: str, step: int) -> bool:
         path = self.run_folder(name) / "metrics.jsonl"

@@ -122,6 +122,8 @@ def test_interrupted_and_goes_on(bench: Bench, uninterrupted: dict[str, Any], hu
     bench.wait(job, 240)
     assert bench.status("long")["status"] == "completed", bench.logs()
     assert "Going on after step" in bench.logs()
+    is_asked = hurt in (hurt_warning, hurt_preemption, hurt_requeue)
+    assert ("stopped after step" in bench.logs()) == is_asked, "saved, not killed in the middle"
     assert result_of(bench.run_folder("long")) == uninterrupted
 
 
@@ -136,7 +138,7 @@ def test_walltime(bench: Bench, uninterrupted: dict[str, Any]) -> None:
     bench.cluster.wait_for(lambda: bench.is_asked_to_stop(job) and bench.let_go_on(), 300)
     bench.wait(job, 300)
     assert bench.status("long")["status"] == "completed", bench.logs()
-    assert "queued again (1 of at most 20 times)" in bench.logs()
+    assert "to be queued again (1 of at most 20 times)" in bench.logs()
     assert result_of(bench.run_folder("long")) == uninterrupted
 
 
@@ -158,7 +160,7 @@ def test_a_failed_task_is_retried_alone(bench: Bench) -> None:
     """Submitted by hand, and it crashes; `submit` leaves it alone, until `--retry_failed`."""
     fault = {"TOOLKIT_FAULT": "raise@optimizer:0:7"}
     job = bench.by_hand("--array=2", "--begin=now+5", **fault)
-    assert "3 waiting, 1 queued" in bench.sweep("status")
+    assert "1 queued, 3 waiting" in bench.sweep("status")
     bench.wait(job)
     line = bench.sweep("status").splitlines()[2]
     assert "crashed" in line
@@ -166,7 +168,7 @@ def test_a_failed_task_is_retried_alone(bench: Bench) -> None:
     said = bench.sweep("submit", "--cpus-per-task=1")
     assert "Submitted 3 of 4" in said
     bench.wait(said.split("array ")[1].split()[0])
-    assert "3 completed, 1 failed" in bench.sweep("status"), bench.logs()
+    assert "1 failed, 3 completed" in bench.sweep("status"), bench.logs()
     said = bench.sweep("submit", "--retry_failed", "--cpus-per-task=1")
     assert "Submitted 1 of 4" in said
     bench.wait(said.split("array ")[1].split()[0])
@@ -197,9 +199,9 @@ def test_hostile_values_and_secrets(bench: Bench, tiny_data: Path) -> None:
     data = bench.folder / HOSTILE
     shutil.copytree(tiny_data, data)
     bench.fixed |= {"dataset": str(data), "experiment": HOSTILE, "track": "wandb"}
-    bench.write(bench.runs)
+    bench.write(bench.runs, {"head": ["v1"]})
     extra = ["--wandb.group=x;touch MARK", "--wandb.project=$(touch MARK)"]
-    said = bench.sweep("submit", "--array=0", "--chdir", str(bench.folder), *extra, **KEYS)
+    said = bench.sweep("submit", "--chdir", str(bench.folder), *extra, **KEYS)
     job = said.split("array ")[1].split()[0]
     assert "queued" in bench.sweep("status", *extra)
     bench.wait(job)
@@ -215,29 +217,55 @@ def test_hostile_values_and_secrets(bench: Bench, tiny_data: Path) -> None:
         assert not any(key.encode() in path.read_bytes() for key in KEYS.values()), path
 
 
-def test_agents(bench: Bench) -> None:
-    """Two agents of an array; one is asked to stop, queues again, and the run goes on."""
-    with serving() as (server, url):
-        cells = [{"head": head, "epochs": 40} for head in ("v1", "v3")]
-        flags = [flag for flag in bench.flags if "epochs" not in flag and "track" not in flag]
-        launch = ["accelerate", "launch", "--config_file", str(ROOT / "launch" / "cpu2.yaml")]
-        command = [*launch, "${program}", *flags, f"--output_dir={bench.runs}", "${args}"]
-        content = {"program": str(ROOT / "toolkit" / "train.py"), "command": command}
-        sweep = server.add_sweep(content | {"method": "grid", "parameters": {}}, cells)
-        key = {"WANDB_MODE": "online", "WANDB_BASE_URL": url, "WANDB_API_KEY": "c7" * 20}
-        job = bench.agents(f"{ENTITY}/{PROJECT}/{sweep}", "--array=1-2", **key)
-        journals = lambda: [*bench.runs.glob("*/metrics.jsonl")]  # noqa: E731
-        has_begun = lambda: any('"step": 20,' in p.read_text() for p in journals())  # noqa: E731
-        bench.cluster.wait_for(has_begun)
-        bench.cluster.ask("scancel", "--batch", "--signal=USR2", f"{job}_1")
-        bench.wait(job, 240)
-        runs = list(server.runs.values())
-    assert [run.state for run in runs] == ["finished"] * 2, bench.logs()
-    assert sorted(run.starts for run in runs) == [1, 2]
-    assert bench.logs().count("Interrupted: queued again (1 of at most 20 times)") == 1
-    assert bench.logs().count("Going on after step") == 1
-    for journal in journals():
+def add_sweep(bench: Bench, server: Any, launch: str, heads: list[str]) -> str:
+    """Make a sweep of long runs; return its name for an agent."""
+    flags = [flag for flag in bench.flags if "epochs" not in flag and "track" not in flag]
+    command = ["accelerate", "launch", "--config_file", str(ROOT / "launch" / f"{launch}.yaml")]
+    command += ["${program}", *flags, f"--output_dir={bench.runs}", "${args}"]
+    content = {"program": str(ROOT / "toolkit" / "train.py"), "command": command}
+    cells = [{"head": head, "epochs": 40} for head in heads]
+    sweep = server.add_sweep(content | {"method": "grid", "parameters": {}}, cells)
+    return f"{ENTITY}/{PROJECT}/{sweep}"
+
+
+def check_interrupted_once(bench: Bench, runs: list[Any]) -> None:
+    """All runs are finished, one of them in two starts; each has every step once."""
+    assert {run.state for run in runs} == {"finished"}, bench.logs()
+    assert sorted(run.starts for run in runs) == [1] * (len(runs) - 1) + [2]
+    assert bench.logs().count("Going on after step") == 1, bench.logs()
+    journals = bench.journals()
+    assert len(journals) == len(runs)
+    for journal in journals:
         rows = [json.loads(line) for line in journal.read_text().splitlines()]
         steps = [row["step"] for row in rows if row["kind"] == "train"]
         assert steps == [*range(1, len(steps) + 1)]
     assert "c7" * 20 not in bench.logs()
+
+
+def test_agents(bench: Bench) -> None:
+    """Two agents of an array; one is asked to stop, queues again, and the run goes on."""
+    with serving() as (server, url):
+        sweep = add_sweep(bench, server, "cpu2", ["v1", "v3"])
+        key = {"WANDB_MODE": "online", "WANDB_BASE_URL": url, "WANDB_API_KEY": "c7" * 20}
+        job = bench.agents(sweep, "--array=1-2", **key)
+        bench.cluster.wait_for(bench.has_begun)
+        bench.cluster.ask("scancel", "--batch", "--signal=USR2", f"{job}_1")
+        bench.wait(job, 240)
+        runs = list(server.runs.values())
+    check_interrupted_once(bench, runs)
+    assert bench.logs().count("Interrupted: to be queued again (1 of at most 20 times)") == 1
+
+
+@pytest.mark.parametrize("hurt", [hurt_preemption, hurt_requeue])
+def test_an_agent_that_slurm_interrupts(bench: Bench, hurt: Any) -> None:
+    """It dies of SIGTERM at once, and so does a launcher of one process; the trainer saves."""
+    with serving() as (server, url):
+        sweep = add_sweep(bench, server, "cpu", ["v1"])
+        key = {"WANDB_MODE": "online", "WANDB_BASE_URL": url, "WANDB_API_KEY": "c7" * 20}
+        job = bench.agents(sweep, "--array=1", **key)
+        bench.cluster.wait_for(bench.has_begun)
+        hurt(bench, job)
+        bench.wait(job, 240)
+        runs = list(server.runs.values())
+    check_interrupted_once(bench, runs)
+    assert "stopped after step" in bench.logs(), "saved, not killed in the middle"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from toolkit.config import FIELDS
+from toolkit.console import say
 from toolkit.errors import ConfigError
 from toolkit.experiments import sweep as sweeps
 
@@ -54,6 +55,14 @@ def read(made: argparse.ArgumentParser, argv: list[str], *, with_others: bool = 
     return Request(options, sweeps.load(options.file), extra, others)
 
 
+def note_what_is_ignored(request: Request) -> None:
+    """Say that a grid's runs are all trained to their end."""
+    if request.sweep.early_terminate:
+        say(
+            f"early_terminate of {request.file} is for W&B agents and --search: no run is cut short here"
+        )
+
+
 def split_flags(unknown: list[str]) -> tuple[list[str], list[str]]:
     """Tell settings of a run from the rest; each setting comes back as one `--name=value`."""
     ours: list[str] = []
@@ -63,7 +72,7 @@ def split_flags(unknown: list[str]) -> tuple[list[str], list[str]]:
         token, position = unknown[position], position + 1
         name, equals, value = token[2:].partition("=")
         name = name.replace("-", "_")
-        if not token.startswith("--") or name.partition(".")[0] not in FIELDS:
+        if not token.startswith("--") or name.partition(".")[0] not in {*FIELDS, "config"}:
             rest.append(token)
             continue
         if not equals and position < len(unknown) and not unknown[position].startswith("--"):

@@ -1,14 +1,20 @@
 """The commands that have to do with SLURM: submit an array, and what its tasks ask for."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
+from toolkit import scheduler
 from toolkit.console import say
 from toolkit.experiments import slurm
-from toolkit.experiments.arguments import parser, read
+from toolkit.experiments.arguments import note_what_is_ignored, parser, read
+from toolkit.experiments.states import read_state
 from toolkit.experiments.sweep import run_at
+
+TOO_SHORT = (
+    "Is its time long enough? It is asked to stop 5 minutes before the end (--signal of the template), "
+    "so --time has to be more than that and a start"
+)
 
 
 def submit(argv: list[str]) -> int:
@@ -20,6 +26,7 @@ def submit(argv: list[str]) -> int:
     runs = asked.runs()
     todo = slurm.missing(runs, slurm.queue(), asked.options.retry_failed)
     command = " ".join([str(asked.file), *asked.extra])
+    note_what_is_ignored(asked)
     if not todo:
         say(f"Nothing is missing: each of the {len(runs)} runs is complete, running or queued, or")
         say(f"has failed or was stopped: python -m toolkit sweep status {command}")
@@ -47,10 +54,15 @@ def requeue(argv: list[str]) -> int:
     made.add_argument("--asked", action="store_true", help="the scheduler had asked it to stop")
     made.add_argument("--max_requeues", type=int, default=20, help="give up after so many")
     options = made.parse_args(argv)
-    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    asked = options.asked or slurm.was_preempted()
-    if not slurm.wants_requeue(options.folder, asked, restarts, options.max_requeues):
+    restarts = scheduler.restarts()
+    asked = options.asked or scheduler.was_preempted()
+    state = read_state(options.folder) if options.folder else None
+    if reason := slurm.why_not_again(state, asked, restarts, options.max_requeues):
+        if asked or (state and state.is_open):
+            say(f"Not queued again: {reason}")
         return 1
-    say(f"Interrupted: queued again ({restarts + 1} of at most {options.max_requeues} times)")
+    if state and not state.steps_of_start:
+        say(f"This start took no step. {TOO_SHORT}")
+    say(f"Interrupted: to be queued again ({restarts + 1} of at most {options.max_requeues} times)")
     slurm.requeue()
     return 0

@@ -3,7 +3,7 @@
     python -m toolkit sweep plan    FILE [flags]       its runs, their ids, what they will cost
     python -m toolkit sweep run     FILE [flags]       here: what is missing, --jobs N at a time
     python -m toolkit sweep submit  FILE [flags]       on SLURM: what is missing, as an array
-    python -m toolkit sweep status  FILE [flags]       waiting, running, completed, failed ...
+    python -m toolkit sweep status  FILE or DIR        waiting, running, completed, failed ...
     python -m toolkit sweep results FILE or DIR        the table, the comparison, the best models
     python -m toolkit sweep sync    FILE or DIR        send offline runs to Weights & Biases
 
@@ -11,18 +11,17 @@ Flags that are settings of a run (--dataset, --output_dir ...) hold for every ru
 the same ones to every command, because they are part of the runs' ids.
 """
 
-import argparse
 import os
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 from toolkit.console import complain, say
 from toolkit.errors import ConfigError, ToolkitError
-from toolkit.experiments import batch, slurm
-from toolkit.experiments.arguments import Request, parser, read
+from toolkit.experiments import batch
+from toolkit.experiments.arguments import Request, note_what_is_ignored, parser, read
+from toolkit.experiments.status import list_runs, status
 from toolkit.network import why_unreachable
 from toolkit.record.tracking import has_wandb_key, wandb_url
 
@@ -42,16 +41,6 @@ def main(argv: list[str]) -> int:
         return getattr(error, "exit_code", 1)
 
 
-def _runs_at(place: Path, argv: list[str]) -> tuple[Path, list[Path]]:
-    """Return the folder of the run folders, and those of a sweep file or all that are there."""
-    if place.is_dir():
-        if argv[1:]:
-            raise ConfigError([f"{token} only goes with a sweep file" for token in argv[1:]])
-        return place, [path.parent for path in sorted(place.glob("*/status.json"))]
-    runs = read(parser("results", None), argv).runs()
-    return runs[0].folder.parent, [run.folder for run in runs]
-
-
 def plan(argv: list[str]) -> int:
     """List the runs and what they will cost; start nothing."""
     from toolkit.experiments.plan import costs
@@ -60,6 +49,8 @@ def plan(argv: list[str]) -> int:
     made = parser("plan", plan.__doc__)
     made.add_argument("--rate", type=float, help="reviews/s; else as completed runs reached")
     asked = read(made, argv)
+    if asked.options.rate is not None and not asked.options.rate > 0:
+        raise ConfigError([f"--rate got {asked.options.rate:g}, allowed is more than 0"])
     runs = asked.runs()
     found = costs(runs, asked.options.rate)
     width = max(len(run.label) for run in runs)
@@ -93,6 +84,7 @@ def run(argv: list[str]) -> int:
     jobs, runs = asked.options.jobs, asked.runs()
     if jobs < 1:
         raise ConfigError([f"--jobs got {jobs}, allowed is 1 or more"])
+    note_what_is_ignored(asked)
     runner = LocalRunner(runs, jobs)
     complete = runner.run(asked.options.retry_failed)
     if runner.stopping:
@@ -122,10 +114,8 @@ def _search(asked: Request) -> int:
 
 def sync(argv: list[str]) -> int:
     """Send what offline runs have kept to Weights & Biases; needs a key and the network."""
-    made = argparse.ArgumentParser("toolkit sweep sync", description=sync.__doc__)
-    made.add_argument("place", type=Path, help="sweep file, or folder of run folders")
-    options, _ = made.parse_known_args(argv)
-    _, folders = _runs_at(options.place, argv)
+    _, _, listed = list_runs("sync", sync.__doc__, argv)
+    folders = [each.folder for each in listed]
     kept = [path for folder in folders for path in sorted(folder.glob("wandb/offline-run-*"))]
     if not kept:
         say("No offline runs there.")
@@ -140,53 +130,26 @@ def sync(argv: list[str]) -> int:
     return subprocess.run(command, env=environment).returncode
 
 
-def status(argv: list[str]) -> int:
-    """Show how every run stands."""
-    from toolkit.experiments.states import read_state
-
-    asked = read(parser("status", status.__doc__), argv)
-    runs, queued = asked.runs(), _queued()
-    width = max(len(each.label) for each in runs)
-    counts: Counter[str] = Counter()
-    for each in runs:
-        state = read_state(each.folder)
-        waits = state.kind not in ("running", "completed") and each.folder.resolve() in queued
-        kind = "queued" if waits else state.kind
-        counts[kind] += 1
-        place = f"{each.index:>4}  {each.run_id:<14}  {kind:<9}  {each.label:<{width}}"
-        say(f"{place}  {state.describe()}".rstrip())
-    say(f"{len(runs)} runs: " + ", ".join(f"{count} {kind}" for kind, count in counts.items()))
-    return 0
-
-
-def _queued() -> set[Path]:
-    try:
-        return slurm.queue()
-    except slurm.SlurmError as error:  # what the run folders say is worth showing
-        complain(f"warning: which runs are queued is not known: {error}")
-        return set()
-
-
 def results(argv: list[str]) -> int:
     """Write and show the table of all completed runs."""
-    made = argparse.ArgumentParser("toolkit sweep results", description=results.__doc__)
-    made.add_argument("place", type=Path, help="sweep file, or folder of run folders")
-    options, _ = made.parse_known_args(argv)
-    return 0 if _show_results(*_runs_at(options.place, argv)) else 1
+    _, folder, listed = list_runs("results", results.__doc__, argv)
+    return 0 if _show_results(folder, [each.folder for each in listed]) else 1
 
 
 def _show_results(folder: Path, folders: list[Path]) -> bool:
     """Write and show the table of these runs; return whether there is any."""
-    from toolkit.experiments import results as tables
+    from toolkit.experiments import tables
+    from toolkit.experiments.results import settings, summaries
 
-    found = [summary for summary in tables.summaries(folder) if summary["folder"] in folders]
-    say(f"{len(found)} of {len(folders)} runs are complete")
+    wanted = {path.absolute() for path in folders}
+    runs = [s for s in summaries(folder) if s["folder"].absolute() in wanted]
+    say(f"{len(runs)} of {len(folders)} runs are complete")
+    found = settings(runs)
     if not found:
         complain(f"error: no completed run in {folder}")
         return False
-    settings = tables.settings(found)
-    tables.show(tables.rows(settings), settings)
-    for path in tables.write_all(folder, settings):
+    tables.show(found)
+    for path in tables.write_all(folder, found):
         say(f"written: {path}")
     return True
 

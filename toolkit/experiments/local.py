@@ -25,7 +25,7 @@ from toolkit.experiments.sweep import Run
 from toolkit.stop import ECHO_SECONDS
 
 Thing = TypeVar("Thing")
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 
 
 class LocalRunner:

@@ -40,7 +40,7 @@ class Search:
         self.under_way: tuple[Run, Any] | None = None
         if problems := sweeps.overridden(sweep, extra):
             raise ConfigError(problems)
-        self.folder = _runs_folder(sweep, extra)
+        self.folder = sweeps.runs_folder(sweep, extra)
         self.name = f"search-{sweep.path.stem}-{_fingerprint(sweep, extra)}"
         self.study = _open_study(sweep, self.folder / f".{self.name}.journal", sampler, seed)
 
@@ -110,6 +110,8 @@ class Search:
         elif best is None or state.kind != "completed":
             trial.set_user_attr(FAILED, state.describe())
             self.study.tell(trial, state=TrialState.FAIL)
+            if state.kind == "completed":
+                raise ConfigError([self._unknown_metric(run)])
         else:
             self.study.tell(trial, best)
         outcome = "stopped early" if pruned else f"{state.kind} {state.describe()}"
@@ -146,6 +148,14 @@ class Search:
         found = [row[self.sweep.metric] for row in rows if row.get(self.sweep.metric) is not None]
         return [*enumerate(found, start=1)]
 
+    def _unknown_metric(self, run: Run) -> str:
+        lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+        known = {name for line in lines for name in json.loads(line) if name.startswith("eval/")}
+        return (
+            f"{self.sweep.path}: metric.name got {self.sweep.metric!r}, which {run.run_id} never "
+            f"logged; allowed are {', '.join(sorted(known))}"
+        )
+
     def stop(self) -> None:
         """Let the run that is under way save and end, and start no other."""
         self.stopping = True
@@ -169,15 +179,6 @@ class Search:
             f"Best of {count} by {self.sweep.metric}: {trial.value:.4f}, "
             f"{trial.user_attrs['run_id']} {trial.params}"
         )
-
-
-def _runs_folder(sweep: Sweep, extra: list[str]) -> Path:
-    """Return where run folders go: by the settings that say so, for others may not be known yet."""
-    names = ("output_dir", "config")
-    placing = {name: sweep.parameters[name] for name in names if name in sweep.parameters}
-    fixed = {name: p["value"] for name, p in placing.items() if "value" in p}
-    flags = [flag for flag in extra if flag.partition("=")[0][2:] in names]
-    return sweeps.make_run(sweep, 0, fixed, flags).folder.parent
 
 
 def _counts(trial: Any) -> bool:

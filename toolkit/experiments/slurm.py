@@ -5,11 +5,11 @@ The templates in `slurm/` do the work on the cluster; this asks `sbatch`, `squeu
 
 import hashlib
 import os
-import re
 import shutil
 import subprocess
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -17,22 +17,46 @@ import yaml
 from toolkit.console import complain
 from toolkit.errors import ConfigError, ToolkitError
 from toolkit.experiments.arguments import Request, split_flags
-from toolkit.experiments.states import read_state
-from toolkit.experiments.sweep import DEFAULT_COMMAND, ROOT, Run, find, load, runs
+from toolkit.experiments.states import State, read_state
+from toolkit.experiments.sweep import DEFAULT_COMMAND, ROOT, Run, find, load, run_at
 from toolkit.files import write_text
 
 TEMPLATE = ROOT / "slurm" / "sweep.sbatch"
 SUBMITTED = ".submitted"
 """Folder beside the run folders with the sweeps as they were submitted."""
-QUEUE_FORMAT = "--format=%K|%Z|%o"
-"""Task, working directory, command."""
+QUEUE_FORMAT = "--format=%K|%i|%T|%r|%N|%Z|%o"
+"""Task, job, state, reason, nodes, working directory, command."""
+ASK_AGAIN_SECONDS = (2, 10)
+"""How long to wait before SLURM's controller, which may be away for a moment, is asked once more."""
+OWN_OPTIONS = {
+    "--array": "--throttle",
+    "-a": "--throttle",
+    "--output": "",
+    "-o": "",
+    "--test-only": "",
+}
 
 
 class SlurmError(ToolkitError):
     """SLURM is not there, or refused."""
 
 
-def missing(listed: list[Run], queued: set[Path], retry_failed: bool) -> list[Run]:
+@dataclass(frozen=True)
+class Task:
+    """A run's place in the queue."""
+
+    job: str
+    state: str
+    reason: str
+    nodes: str
+
+    def describe(self) -> str:
+        """Say where it stands: `job 17_3, PENDING (Priority)`."""
+        what = f"on {self.nodes}, not begun yet" if self.nodes else f"({self.reason})"
+        return f"job {self.job}, {self.state} {what}"
+
+
+def missing(listed: list[Run], queued: Collection[Path], retry_failed: bool) -> list[Run]:
     """Return the runs that are neither complete, nor running, nor in the queue."""
     return [
         run
@@ -45,8 +69,10 @@ def submit(request: Request, todo: list[Run], throttle: int | None) -> str:
     """Submit these runs of a sweep as an array; return the job's id.
 
     Raises:
+        ConfigError: when options of sbatch are given that are set here.
         SlurmError: when sbatch refuses.
     """
+    _refuse_own_options(request.others)
     folder = todo[0].folder.parent.absolute()
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     file = freeze(request, folder)
@@ -59,14 +85,29 @@ def submit(request: Request, todo: list[Run], throttle: int | None) -> str:
     return _ask(command, TOOLKIT_ROOT=str(ROOT)).split(";")[0].strip()
 
 
+def _refuse_own_options(options: list[str]) -> None:
+    given = [word.partition("=")[0] for word in options]
+    hints = {name: f"; see {OWN_OPTIONS[name]}" if OWN_OPTIONS.get(name) else "" for name in given}
+    by_hand = f"sbatch {TEMPLATE.relative_to(ROOT)} takes it by hand"
+    problems = [
+        f"{name} is not for `sweep submit`, which decides that itself{hints[name]}; {by_hand}"
+        for name in given
+        if name in OWN_OPTIONS
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
 def freeze(request: Request, folder: Path) -> Path:
     """Write down the sweep, its flags and the files that they name, in a folder of its own.
 
     Tasks read it when they start, which may be days later: an edit must not change them.
     """
     content = yaml.safe_load(request.file.read_text(encoding="utf-8"))
-    # behind the whole command, where `make_run` has them too: what comes later wins
-    content["command"] = [*content.get("command", DEFAULT_COMMAND), *request.extra]
+    # behind the whole command, where `make_run` has them too: what comes later wins. The place is made
+    # absolute: tasks may start in another folder (sbatch --chdir)
+    place = f"--output_dir={folder}"
+    content["command"] = [*content.get("command", DEFAULT_COMMAND), *request.extra, place]
     content["command"] = list(_freeze_flags(map(str, content["command"]), folder))
     config = content["parameters"].get("config", {})
     if "value" in config:
@@ -113,7 +154,7 @@ def ranges(indexes: Iterable[int]) -> str:
     return ",".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
 
 
-def queue() -> set[Path]:
+def queue() -> dict[Path, Task]:
     """Return the run folders of the tasks in this user's queue, submitted by `submit` or by hand.
 
     Empty where there is no SLURM: then nothing can be waiting in it.
@@ -122,53 +163,48 @@ def queue() -> set[Path]:
         SlurmError: when SLURM does not answer.
     """
     if not shutil.which("squeue"):
-        return set()
-    tasks: dict[tuple[str, str], list[int]] = defaultdict(list)
+        return {}
+    found: dict[Path, Task] = {}
     for line in _ask(["squeue", "--me", "--noheader", "--array", QUEUE_FORMAT]).splitlines():
-        task, _, rest = line.partition("|")
-        place, _, command = rest.partition("|")
-        if task.isdigit() and f"{TEMPLATE.name} " in command:
-            tasks[place, command].append(int(task))
-    return {path for job, indexes in tasks.items() for path in _folders(*job, indexes)}
+        number, job, state, reason, nodes, place, command = [*line.split("|", 6), *[""] * 6][:7]
+        script, _, arguments = command.partition(f"{TEMPLATE.name} ")
+        is_ours = Path(place, script, "supervise.sh").is_file()  # of any copy of this repository
+        if number.isdigit() and arguments and is_ours:
+            task = Task(job, state, reason, nodes)
+            found |= dict.fromkeys(_folders(place, arguments, int(number)), task)
+    return found
 
 
-def _folders(place: str, command: str, indexes: list[int]) -> list[Path]:
-    """Return the run folders of an array's tasks, from its command as SLURM shows it.
+def _folders(place: str, arguments: str, index: int) -> list[Path]:
+    """Return the run folder of an array's task, from its arguments as SLURM shows them; [] if unclear.
 
     SLURM joins words with spaces; a flag that has some itself cannot be told from two.
     """
-    named, dashes, flags = command.partition(f"{TEMPLATE.name} ")[2].partition(" --")
+    named, dashes, flags = arguments.partition(" --")
     extra, others = split_flags(f"--{flags}".split() if dashes else [])
     try:
         if others:
             raise ConfigError([f"{word} is no setting of a run" for word in others])
-        listed = runs(load(Path(place, named)), extra)
-        return [Path(place, listed[index].folder).resolve() for index in indexes]
-    except (ConfigError, IndexError) as error:
-        complain(f"warning: tasks in the queue that are not understood, {command!r}: {error}")
+        run = run_at(load(Path(place, named)), index, extra)
+        return [Path(place, run.folder).resolve()]
+    except ConfigError as error:
+        complain(f"warning: a task in the queue is not understood, {arguments!r}: {error}")
         return []
 
 
-def wants_requeue(folder: Path | None, asked: bool, restarts: int, max_requeues: int) -> bool:
-    """Tell whether a job should queue again: its run was interrupted by the scheduler.
+def why_not_again(state: State | None, asked: bool, restarts: int, most: int) -> str | None:
+    """Return why a job should not queue again; None if it should.
 
     A run that failed, diverged or is complete would only do so again; one that was stopped by hand,
-    and not by the scheduler, was meant to stop. Without a folder, a W&B agent's job, asking decides.
+    and not by the scheduler, was meant to stop. Without a state, a W&B agent's job, asking decides.
     """
-    if restarts >= max_requeues:
-        return False
-    return asked and (folder is None or read_state(folder).is_open)
-
-
-def was_preempted() -> bool:
-    """Tell whether SLURM wants this job's place for another one.
-
-    It asks with SIGTERM only, and queues a job again that is still there when its grace time is
-    over. One that has saved and ended in time would be done for good.
-    """
-    command = ["scontrol", "--oneliner", "show", "job", os.environ.get("SLURM_JOB_ID", "")]
-    found = re.search(r"\bPreemptTime=(\S+)", _ask(command))
-    return found is not None and found[1] not in ("None", "Unknown")
+    if state is not None and not state.is_open:
+        return f"its run is {state.kind}"
+    if not asked:
+        return "the scheduler did not ask it to stop"
+    if restarts >= most:
+        return f"it was queued again {restarts} times, the most that MAX_REQUEUES allows"
+    return None
 
 
 def requeue() -> None:
@@ -178,7 +214,15 @@ def requeue() -> None:
         SlurmError: when scontrol refuses.
     """
     job, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    _ask(["scontrol", "requeue", f"{job}_{task}" if job else os.environ["SLURM_JOB_ID"]])
+    command = ["scontrol", "requeue", f"{job}_{task}" if job else os.environ["SLURM_JOB_ID"]]
+    for seconds in ASK_AGAIN_SECONDS:
+        try:
+            _ask(command)
+            return
+        except SlurmError as error:
+            complain(f"warning: {error}; asked again in {seconds} s")
+            time.sleep(seconds)
+    _ask(command)
 
 
 def _ask(command: list[str], **environment: str) -> str:
@@ -191,5 +235,8 @@ def _ask(command: list[str], **environment: str) -> str:
             f"{command[0]} is not there: is this a login node of a cluster?"
         ) from error
     if done.returncode:
-        raise SlurmError(f"{' '.join(command)} failed: {done.stderr.strip()}")
+        hint = ""
+        if "Invalid job array" in done.stderr:
+            hint = "; `scontrol show config` names the largest MaxArraySize: split the sweep file"
+        raise SlurmError(f"{' '.join(command)} failed: {done.stderr.strip()}{hint}")
     return done.stdout

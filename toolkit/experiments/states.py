@@ -2,14 +2,27 @@
 
 import json
 import os
-from dataclasses import dataclass
+import statistics
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from toolkit.record.journal import RunFolder
 
 Kind = Literal["waiting", "running", "lost", "preempted", "completed", "stopped", "failed"]
+ALL_KINDS: dict[Kind, str] = {
+    "running": "under way",
+    "waiting": "never started, or stopped before its first step",
+    "preempted": "saved when it was asked to stop; goes on when started again",
+    "lost": "its processes are gone without a word (killed? out of memory?); goes on, too",
+    "failed": "ended by an error of its own, which its log shows",
+    "stopped": "ended on purpose: early termination, or its search gave it up",
+    "completed": "has a result",
+}
+"""What each kind means, in the order of a list."""
 TAIL_BYTES = 65536
+REASON_CHARACTERS = 140
 
 
 @dataclass(frozen=True)
@@ -17,17 +30,14 @@ class State:
     """How a run stands."""
 
     kind: Kind
-    """lost: it says that it runs, and no process does; stopped: on purpose, by early termination."""
-    status: str | None = None
-    """What `status.json` says."""
-    message: str = ""
-    """Why it failed."""
-    log: str | None = None
-    """What the run printed, if whoever started it said where."""
+    status: dict[str, Any] = field(default_factory=dict)
+    """`status.json`; it names the log, if whoever started the run said where it prints to."""
+    run: dict[str, Any] = field(default_factory=dict)
+    """`run.json` of the last start that came to its first step."""
+    summary: dict[str, Any] = field(default_factory=dict)
+    """`summary.json`."""
     step: int = 0
-    num_steps: int | None = None
     seconds_left: float | None = None
-    f1: float | None = None
 
     @property
     def is_open(self) -> bool:
@@ -38,39 +48,75 @@ class State:
         """Tell whether a sweep should start the run."""
         return self.is_open or (retry_failed and self.kind in ("failed", "stopped"))
 
+    @property
+    def log(self) -> str | None:
+        """Where the run prints to."""
+        return self.status.get("log")
+
+    @property
+    def steps_of_start(self) -> int:
+        """Steps that the last start took."""
+        if not self.status.get("start") or self.run.get("start") != self.status["start"]:
+            return 0  # it did not come to its first step
+        return max(0, self.step + 1 - self.run["first_step"])
+
     def describe(self) -> str:
         """Say in a few words what there is to know."""
-        if self.kind == "completed":
-            return "F1 n/a" if self.f1 is None else f"F1 {self.f1:.4f}"
-        if self.kind == "failed":
-            place = f"  (log {self.log})" if self.log else ""
-            return f"{self.status}: {self.message.splitlines()[0] if self.message else ''}{place}"
-        if not self.num_steps:
+        if self.kind == "waiting":
             return ""
-        eta = "" if self.seconds_left is None else f", {duration(self.seconds_left)} left"
-        return f"step {self.step} of {self.num_steps}{eta if self.kind == 'running' else ''}"
+        if self.kind == "completed":
+            return self._result()
+        reason = self._reason() if self.kind in ("failed", "stopped") else ""
+        left = f"{duration(self.seconds_left)} left" if self.seconds_left is not None else ""
+        where = f"on {self.run['host']}" if self.kind == "running" and "host" in self.run else ""
+        log = f"(log {self.log})" if self.log and self.kind in ("failed", "lost") else ""
+        parts = [reason, self._place(), left if self.kind == "running" else "", where]
+        return "  ".join(filter(None, [", ".join(filter(None, parts)), log]))
+
+    def _place(self) -> str:
+        num_steps = self.run.get("num_steps")
+        return f"step {self.step} of {num_steps}" if num_steps else ""
+
+    def _result(self) -> str:
+        f1 = self.summary.get("test", {}).get("f1", {})
+        if f1.get("value") is None:
+            return "F1 n/a"
+        seconds = self.summary.get("train_seconds")
+        took = f", {duration(seconds)}" if seconds is not None else ""
+        return f"F1 {f1['value']:.4f} ({f1['low']:.3f} to {f1['high']:.3f}){took}"
+
+    def _reason(self) -> str:
+        """Return the status and the first line that says something, shortened."""
+        lines = str(self.status.get("message", "")).splitlines()
+        problems = [line.removeprefix("  - ") for line in lines if line.startswith("  - ")]
+        text = (problems or lines or [""])[0]
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        if len(text) > REASON_CHARACTERS:
+            text = text[: REASON_CHARACTERS - 4] + " ..."
+        return f"{self.status.get('status')}: {text}{more}"
 
 
 def read_state(path: Path) -> State:
     """Return how the run of this folder stands."""
-    facts = _json(path / "status.json")
-    status = facts.get("status")
-    if status is None:
-        return State("waiting")
-    if status == "completed":
-        f1 = _json(path / "summary.json").get("test", {}).get("f1", {}).get("value")
-        return State("completed", status, f1=f1)
-    num_steps = _json(path / "run.json").get("num_steps")
+    status = _json(path / "status.json")
+    match status.get("status"):
+        case None:
+            return State("waiting")
+        case "completed":
+            return State("completed", status, summary=_json(path / "summary.json"))
+        case "running":
+            kind: Kind = "running" if RunFolder(path).in_use() else "lost"
+        case "preempted":
+            kind = "preempted"
+        case "stopped":
+            kind = "stopped"
+        case _:
+            kind = "failed"
+    run = _json(path / "run.json")
     step, rate = _progress(path / "metrics.jsonl")
-    if status in ("running", "preempted"):
-        alive = status == "running" and RunFolder(path).in_use()
-        kind: Kind = "running" if alive else "lost" if status == "running" else "preempted"
-        left = (num_steps - step) / rate if num_steps and rate else None
-        return State(kind, status, step=step, num_steps=num_steps, seconds_left=left)
-    if status == "stopped":
-        return State("stopped", status, step=step, num_steps=num_steps)
-    message, log = str(facts.get("message", "")), facts.get("log")
-    return State("failed", status, message, log, step, num_steps)
+    num_steps = run.get("num_steps")
+    left = (num_steps - step) / rate if num_steps and rate else None
+    return State(kind, status, run, step=step, seconds_left=left)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -81,14 +127,19 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _progress(path: Path) -> tuple[int, float | None]:
-    """Return the last step in the journal, and steps per second between its last lines."""
+    """Return the last step in the journal, and steps per second.
+
+    The median of the latest lines': a run that was interrupted may have waited for hours between two.
+    """
     rows = [row for row in _tail(path) if row.get("kind") == "train"]
     if not rows:
         return 0, None
-    first, last = rows[0], rows[-1]
-    seconds = last["time"] - first["time"]
-    steps = last["step"] - first["step"]
-    return last["step"], steps / seconds if seconds > 0 and steps > 0 else None
+    rates = [
+        (after["step"] - before["step"]) / (after["time"] - before["time"])
+        for before, after in pairwise(rows)
+        if after["time"] > before["time"] and after["step"] > before["step"]
+    ]
+    return rows[-1]["step"], statistics.median(rates) if rates else None
 
 
 def _tail(path: Path) -> list[dict[str, Any]]:

@@ -30,9 +30,11 @@ from toolkit.errors import ConfigError
 METHODS = ("grid", "random", "bayes", "custom")
 KEYS = {
     *("method", "parameters", "program", "command", "metric", "name", "description"),
-    *("project", "entity", "early_terminate", "run_cap", "prior_runs", "job", "image_uri"),
+    *("project", "entity", "early_terminate", "run_cap", "job", "image_uri", "metrics"),
+    *("controller", "scheduler", "apiVersion", "kind"),
 }
 """The keys that W&B's schema has at the top of a sweep; it refuses others, and so do we."""
+TEXTS = ("program", "name", "description", "project", "entity", "job", "image_uri")
 DEFAULT_COMMAND = ["${env}", "${interpreter}", "${program}", "${args}"]
 ENVIRONMENT = re.compile(r"\$\{envvar:([A-Z0-9_]*)\}")
 MAX_RUNS = 100_000
@@ -122,13 +124,23 @@ def _problems(content: dict[str, Any]) -> Iterator[str]:
         yield f"{key} is no key of a sweep; allowed are {', '.join(sorted(KEYS))}"
     if content.get("method") not in METHODS:
         yield f"method got {content.get('method')!r}, allowed is one of {', '.join(METHODS)}"
+    for key in TEXTS:
+        if key in content and not isinstance(content[key], str):
+            yield f"{key} got {content[key]!r}, allowed is text"
+    cap = content.get("run_cap", 1)
+    if isinstance(cap, bool) or not isinstance(cap, int) or cap < 1:
+        yield f"run_cap got {cap!r}, allowed is a whole number of 1 or more"
+    stops = content.get("early_terminate", {"type": "hyperband"})
+    if not isinstance(stops, dict) or stops.get("type") != "hyperband":
+        yield f"early_terminate got {stops!r}, allowed is {{type: hyperband, min_iter: 3, eta: 3}}"
     command = content.get("command", DEFAULT_COMMAND)
     if not isinstance(command, list) or "${program}" not in command or "${args}" not in command:
         yield 'command must be a list of single words with "${program}" and "${args}" among them'
     metric = content.get("metric", {})
-    if not isinstance(metric, dict) or metric.get("goal", "maximize") not in (
-        "maximize",
-        "minimize",
+    if (
+        not isinstance(metric, dict)
+        or not isinstance(metric.get("name", ""), str)
+        or metric.get("goal", "maximize") not in ("maximize", "minimize")
     ):
         yield f"metric got {metric!r}, allowed is {{name: eval/f1, goal: maximize or minimize}}"
     parameters = content.get("parameters")
@@ -147,6 +159,12 @@ def _parameter_problems(name: str, parameter: Any) -> Iterator[str]:
     values = parameter.get("values", [None])
     if not isinstance(values, list) or not values:
         yield f"{place}.values got {values!r}, allowed is a list"
+    if {"value", "values"} <= parameter.keys():
+        yield f"{place} has both value and values, allowed is one of them"
+    inner = parameter.get("parameters", {})
+    if not isinstance(inner, dict):
+        yield f"{place}.parameters got {inner!r}, allowed is a dictionary of parameters"
+        return
     bounds = {key: parameter[key] for key in ("min", "max", "q") if key in parameter}
     for key, bound in bounds.items():
         if isinstance(bound, bool) or not isinstance(bound, int | float):
@@ -155,8 +173,12 @@ def _parameter_problems(name: str, parameter: Any) -> Iterator[str]:
             return
     if ("min" in bounds) != ("max" in bounds) or bounds.get("min", 0) > bounds.get("max", 0):
         yield f"{place} got {parameter!r}: it needs min and max, min not above max"
-    for key, inner in dict(parameter.get("parameters") or {}).items():
-        yield from _parameter_problems(f"{name}.{key}", inner)
+    if parameter.get("distribution") == "int_uniform":
+        for key in ("min", "max"):
+            if not isinstance(parameter.get(key, 0), int):
+                yield f"{place}.{key} got {parameter[key]!r}, allowed is a whole number"
+    for key, one in inner.items():
+        yield from _parameter_problems(f"{name}.{key}", one)
 
 
 def runs(sweep: Sweep, extra: list[str]) -> list[Run]:
@@ -183,7 +205,7 @@ def runs(sweep: Sweep, extra: list[str]) -> list[Run]:
             problems.append(f"runs {same.index} and {index} are the same run, {run.run_id}")
     if problems:
         raise ConfigError(problems)
-    return list(found.values())
+    return list(found.values())[: sweep.run_cap]
 
 
 def run_at(sweep: Sweep, index: int, extra: list[str]) -> Run:
@@ -195,6 +217,8 @@ def run_at(sweep: Sweep, index: int, extra: list[str]) -> Run:
     if problems := overridden(sweep, extra):
         raise ConfigError(problems)
     for place, cell in enumerate(_cells(sweep)):
+        if place == sweep.run_cap:
+            break
         if place == index:
             return make_run(sweep, index, cell, extra)
     raise ConfigError([f"{sweep.path}: there is no run {index}; they are counted from 0"])
@@ -218,6 +242,15 @@ def make_run(sweep: Sweep, index: int, cell: dict[str, Any], extra: list[str]) -
     flags = [*command[start:], *extra]
     differ = {name: value for name, value in cell.items() if "value" not in sweep.parameters[name]}
     return Run(index, differ, flags, [*command, *extra], parse(flags, "sweep"))
+
+
+def runs_folder(sweep: Sweep, extra: list[str]) -> Path:
+    """Return where run folders go: by the settings that say so, for others may not be known yet."""
+    names = ("output_dir", "config")
+    placing = {name: sweep.parameters[name] for name in names if name in sweep.parameters}
+    fixed = {name: p["value"] for name, p in placing.items() if "value" in p}
+    flags = [flag for flag in extra if flag.partition("=")[0][2:] in names]
+    return make_run(sweep, 0, fixed, flags).folder.parent
 
 
 def _cells(sweep: Sweep) -> Iterator[dict[str, Any]]:

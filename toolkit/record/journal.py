@@ -33,6 +33,8 @@ from toolkit.redact import redact_values
 
 OUR_FILES = {"status.json", "run.json", "config.yaml"}
 """What tells a run folder from a folder of the user's."""
+SILENCE_SECONDS = 60.0
+"""A run whose ranks have said nothing for so long is dead; they speak once a second."""
 
 
 class RunFolder:
@@ -67,11 +69,22 @@ class RunFolder:
 
     def in_use(self) -> bool:
         """Tell whether another process is writing here."""
+        lock = self._lock_file()
         try:
-            with self._lock():
-                return False
-        except ConfigError:
+            lock.acquire(timeout=0)
+        except Timeout:
             return True
+        except (OSError, NotImplementedError):  # read-only to us, or a file system without locks
+            return self._has_signs_of_life()
+        lock.release()
+        return False
+
+    def _has_signs_of_life(self) -> bool:
+        beats = (path.stat().st_mtime for path in (self.path / ".ranks").rglob("*"))
+        return time.time() - max(beats, default=0.0) < SILENCE_SECONDS
+
+    def _lock_file(self) -> FileLock:
+        return FileLock(self.path.with_name(f".{self.path.name}.lock"))
 
     def summary(self) -> dict[str, Any]:
         """Return what a completed run left."""
@@ -196,13 +209,16 @@ class RunFolder:
 
     @contextmanager
     def _lock(self, wait_seconds: float = 0) -> Iterator[None]:
-        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
+        lock = self._lock_file()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _acquire(lock, wait_seconds)
         except Timeout as error:  # is an OSError too
             hint = "wait for it, or choose another --run_id"
             raise ConfigError([f"another process is writing {self.path}; {hint}"]) from error
+        except NotImplementedError as error:  # what filelock says of some Lustre and NFS mounts
+            reason = "is on a file system without locks (flock); name another with --output_dir"
+            raise ConfigError([f"output_dir {self.path.parent} {reason}"]) from error
         except OSError as error:
             reason = f"cannot be written ({error.strerror}); name another with --output_dir"
             raise ConfigError([f"output_dir {self.path.parent} {reason}"]) from error
@@ -233,7 +249,7 @@ class RunFolder:
     def begin(self, config_yaml: str, provenance: dict[str, Any]) -> None:
         """Write what is known before the first step."""
         write_text(self.path / "config.yaml", config_yaml)
-        write_json(self.path / "run.json", redact_values(provenance))
+        write_json(self.path / "run.json", redact_values(provenance | {"start": self.start}))
 
     def set_status(self, status: str, **detail: Any) -> None:
         """Record how the run stands; the launcher hides exit codes, so scripts read this."""

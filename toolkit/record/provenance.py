@@ -28,6 +28,7 @@ def provenance() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "host": platform.node(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "program": Path(sys.argv[0]).name,
     }

@@ -4,13 +4,14 @@ import configparser
 import json
 import netrc
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlparse
 
 from toolkit.console import complain
+from toolkit.stop import deafened
 
 
 class Backend(Protocol):
@@ -63,7 +64,7 @@ def replay(journal: Path, arguments: dict[str, Any], config: dict[str, Any]) -> 
     A sweep that is made anew has new runs, and the same settings are the same run here: it is not
     trained again, but the sweep waits for its metrics.
     """
-    try:
+    with _mirroring():
         import wandb
 
         run = wandb.init(config=config, **arguments)
@@ -73,7 +74,24 @@ def replay(journal: Path, arguments: dict[str, Any], config: dict[str, Any]) -> 
             values = {name: value for name, value in row.items() if "/" in name}
             run.log(values | {"global_step": row["step"]})
         run.finish()
-    except Exception as error:  # a mirror, as above
+
+
+def give_back(arguments: dict[str, Any]) -> None:
+    """Let W&B give a run to another agent that was interrupted before it had begun."""
+    with _mirroring():
+        import wandb
+
+        with deafened():
+            run = wandb.init(**arguments)
+        run.mark_preempting()
+        run.finish(exit_code=1)
+
+
+@contextmanager
+def _mirroring() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a mirror must not end the run, whatever breaks in it
         complain(f"W&B failed: {type(error).__name__}: {error}")
 
 
