@@ -200,6 +200,8 @@ class Run:
         if self.runtime.is_main:
             self.folder.record_crash(status, message=str(error), split=self.progress.split)
             self.tracker.finish(exit_code=error.exit_code, preempted=preempted)
+            if self.tracker.is_cut_off and preempted and is_agents_run():
+                give_back(wandb_arguments(*self.config.wandb_place))
         if isinstance(error, Preempted):
             self.runtime.any(False)  # who leaves first makes the launcher end the others
 

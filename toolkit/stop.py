@@ -155,20 +155,6 @@ class Stop:
             self._leave()
 
 
-@contextmanager
-def deafened() -> Iterator[None]:
-    """Let processes that are started in the block never hear a request to stop.
-
-    SLURM and a terminal signal all processes of a job. W&B's own would leave at once, with the rows
-    that it has not sent, while we save; it leaves with us anyway. A blocked signal stays so in a child.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # other threads hear them for us
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _shutdown_seconds() -> float:
     """Return how long torchrun lets us live after a signal; it reads the same variables."""
     for name in ("PET_SHUTDOWN_TIMEOUT", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):

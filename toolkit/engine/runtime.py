@@ -35,7 +35,6 @@ from toolkit.engine.meeting import init_method
 from toolkit.engine.phases import Phases
 from toolkit.engine.replicas import MOMENTS, Replicas, State, set_updates, updates, whole_shape
 from toolkit.engine.zero import Zero
-from toolkit.stop import deafened
 
 SPARE_SECONDS = 60
 """How much later than the watchdog, which can say more, the process group gives up by itself."""
@@ -278,8 +277,7 @@ class Runtime:
         """
         others = {name: value for name, value in arguments.items() if name != "project"}
         tracker = WandBTracker(arguments["project"], **others)
-        with deafened():
-            tracker.start()
+        tracker.start()
         tracker.store_init_configuration(config)
         tracker.run.define_metric("*", step_metric="global_step")
         return tracker

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 from urllib.parse import urlparse
 
 from toolkit.console import complain
-from toolkit.stop import deafened
 
 
 class Backend(Protocol):
@@ -29,6 +28,9 @@ class Tracker:
 
     def __init__(self, start: Callable[[], Backend] | None = None) -> None:
         self.backend: Backend | None = None
+        self.is_cut_off = False
+        """W&B's own process is gone. SLURM signals all processes of a job, and that one leaves at once,
+        while we save."""
         if start is not None:
             self.backend = self._guard(start)
 
@@ -55,6 +57,7 @@ class Tracker:
                 f"W&B failed and is off for the rest of this run: {type(error).__name__}: {error}"
             )
             self.backend = None
+            self.is_cut_off |= isinstance(error, ConnectionError)
             return None
 
 
@@ -77,12 +80,13 @@ def replay(journal: Path, arguments: dict[str, Any], config: dict[str, Any]) -> 
 
 
 def give_back(arguments: dict[str, Any]) -> None:
-    """Let W&B give a run to another agent that was interrupted before it had begun."""
+    """Let W&B give an interrupted run to another agent, if its tracker could not say so."""
     with _mirroring():
         import wandb
 
-        with deafened():
-            run = wandb.init(**arguments)
+        with suppress(ConnectionError):
+            wandb.teardown()  # forgets a process of W&B's that is gone
+        run = wandb.init(**arguments)
         run.mark_preempting()
         run.finish(exit_code=1)
 
