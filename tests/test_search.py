@@ -125,6 +125,18 @@ def test_failing_runs_end_the_search(
     assert "No trial is complete" in said
 
 
+def test_a_metric_that_no_run_has_ends_the_search_at_once(
+    tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, tiny_flags, lr=LR)
+    path.write_text(path.read_text().replace("eval/f1", "eval/F1"))
+    assert main(["run", str(path), "--search=optuna", "--trials=3"]) == 2
+    shown = capsys.readouterr()
+    assert "metric.name got 'eval/F1'" in shown.err
+    assert "eval/accuracy" in shown.err
+    assert "[1]" not in shown.out, "one run is enough to know"
+
+
 def test_values_that_do_not_go_together_are_no_end(
     tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -112,6 +112,20 @@ def test_an_agent_runs_a_sweep(bench: Bench) -> None:
     assert {path: path.stat().st_mtime_ns for path in bench.runs.glob("*/*.json*")} == before
 
 
+def test_a_run_that_slurm_stops_before_it_begins_is_given_back(bench: Bench) -> None:
+    """While data are prepared, W&B has not heard of it; the next agent gets it."""
+    sweep = bench.sweep({"head": "v1"})
+    stop = bench.folder / "stop"
+    stop.touch()
+    bench.environment["TOOLKIT_STOP_FILE"] = str(stop)
+    assert bench.agent(sweep).wait(120) == 0, bench.said()
+    [run] = bench.server.runs.values()
+    assert (run.state, run.starts) == ("preempted", 1), bench.said()
+    assert not stop.exists()
+    assert bench.agent(sweep).wait(120) == 0, bench.said()
+    assert (run.state, run.starts) == ("finished", 2), bench.said()
+
+
 def _figures(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.startswith("_")} for row in found]
 
