@@ -12,5 +12,6 @@ cd "$root"
 "$venv/bin/ruff" format --check .
 "$venv/bin/ruff" check .
 "$venv/bin/mypy"
-# most tests wait for processes to start or to end: three files at a time keep two cores busy
-exec "$venv/bin/python" -m pytest -n 3 --dist loadfile "$@"
+# most tests wait for processes to start or to end: three files at a time keep two cores busy. In the
+# order that tests/conftest.py gives, the longest first
+exec "$venv/bin/python" -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"

@@ -10,6 +10,22 @@ import pytest
 
 from tests.tiny import make_data, make_encoder
 
+LONGEST = (
+    "test_faults",
+    "test_slurm",
+    "test_zero",
+    "test_wandb",
+    "test_quality",
+    "test_distributed",
+)
+"""Files of minutes; begun last, one of them would run alone at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:

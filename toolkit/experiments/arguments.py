@@ -50,6 +50,10 @@ def read(made: argparse.ArgumentParser, argv: list[str], *, with_others: bool = 
     """
     options, unknown = made.parse_known_args(argv)
     extra, others = split_flags(unknown)
+    if not options.file.exists() and any(word.endswith((".yaml", ".yml")) for word in unknown):
+        raise ConfigError(
+            [f"{options.file} is no sweep file: the file comes first, options after it"]
+        )
     if others and not with_others:
         raise ConfigError([f"{token} is unknown to {made.prog}" for token in others])
     return Request(options, sweeps.load(options.file), extra, others)
