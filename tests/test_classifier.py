@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
+from torch.nn.attention import varlen
 from transformers import BertForSequenceClassification, BertModel
 
 from tests.tiny import build_cache
-from toolkit.data.batches import Batch, evaluation_batches, make_batch
+from toolkit.data.batches import Batch, _fill_up, evaluation_batches, make_batch
 from toolkit.data.prepare import DataSpec
 from toolkit.data.steps import cost
 from toolkit.engine.runtime import Runtime
 from toolkit.errors import DataError
+from toolkit.model import attention
 from toolkit.model.classifier import ClassifierSpec, HeadClassifier, build_classifier
 from toolkit.model.encoders import check_encoder, encoder_folder
 from toolkit.model.heads import HEADS, HeadOptions, build_head
@@ -39,7 +42,7 @@ def logits_and_gradient(
     model: HeadClassifier, runtime: Runtime, batch: Batch
 ) -> tuple[torch.Tensor, torch.Tensor]:
     model.zero_grad()
-    logits = model(**runtime.inputs(batch)).logits
+    logits = model(**runtime.inputs(batch)).logits[: len(batch.rows)]
     functional.cross_entropy(logits, runtime.labels(batch), reduction="sum").backward()
     return logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
@@ -224,3 +227,135 @@ def test_evaluation_batches_cover_the_split(split, padded: bool, world_size: int
     for batch in (batch for batches in ranks for batch in batches if len(batch.rows)):
         assert batch.computed_tokens <= 100
         assert batch.computed_tokens == cost(split.lengths(batch.rows), padded)
+
+
+def attend_by_hand(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    *_: object,
+    **__: object,
+) -> torch.Tensor:
+    """What the kernel on a GPU computes, and what it expects, in a few lines."""
+    total, _, width = query.shape
+    assert cu_seq_q.dtype == torch.int32
+    assert torch.equal(cu_seq_q, cu_seq_k)
+    bounds = cu_seq_q.tolist()
+    assert bounds[0] == 0
+    assert bounds[-1] == total, "every token is in a sequence"
+    out = torch.zeros_like(query)
+    for start, stop in pairwise(bounds):
+        assert 0 <= stop - start <= max_q
+        scores = torch.einsum("thk,shk->hts", query[start:stop], key[start:stop]) / width**0.5
+        out[start:stop] = torch.einsum("hts,shk->thk", scores.softmax(-1), value[start:stop])
+    return out
+
+
+def test_the_gpus_path_is_the_cpus(
+    split, runtime: Runtime, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packed in one call for all sequences, filled up or not: logits and gradients."""
+    model, _ = build_classifier(ClassifierSpec(dropout=0.3), tiny_encoder, NAMES)
+    model.train()
+    rows, keys = np.arange(3, 20), np.arange(17, dtype=np.uint64) * np.uint64(977)
+    batch = make_batch(split, rows, padded=False, slot_keys=keys)
+    full = make_batch(split, rows, padded=False, slot_keys=keys, few_shapes=True)
+    assert full.computed_tokens > batch.computed_tokens
+    expected = logits_and_gradient(model, runtime, batch)
+    model.zero_grad()
+    filled = logits_and_gradient(model, runtime, full)
+    monkeypatch.setattr(attention, "has_varlen", lambda query: True)
+    monkeypatch.setattr(attention, "varlen_attn", attend_by_hand)
+    for found in (filled, *(logits_and_gradient(model, runtime, b) for b in (batch, full))):
+        assert relative(found[0], expected[0]) < 1e-5
+        assert relative(found[1], expected[1]) < 1e-5
+
+
+@pytest.mark.parametrize("longest", [2, 7, 250])
+def test_filling_up_keeps_what_is_there(longest: int) -> None:
+    """Few shapes, little filling, no sequence too long; the first tokens and sequences as they were."""
+    dice = np.random.default_rng(longest)
+    shapes, shares = set(), []
+    for _ in range(400):
+        lengths = dice.integers(1, longest + 1, size=32)
+        bounds = np.append(0, np.cumsum(lengths)).astype(np.int32)
+        tokens = np.arange(bounds[-1])
+        wider, (filled,) = _fill_up(bounds, (tokens,), longest)
+        assert (filled[: len(tokens)] == tokens).all()
+        assert (wider[: len(bounds)] == bounds).all()
+        gaps = np.diff(wider)
+        assert gaps.min() >= 0
+        assert gaps.max() <= longest
+        assert wider[-1] == len(filled)
+        shapes.add((len(filled), len(wider)))
+        shares.append(len(tokens) / len(filled))
+    assert len(shapes) <= 16
+    assert len(shapes) < 8 or np.mean(shares) > 0.95
+
+
+def test_the_gpus_path_compiles_whole(
+    split, runtime: Runtime, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No graph breaks, no number that lives on the CPU, else CUDA graphs are none; few compilations."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    monkeypatch.setattr(attention, "has_varlen", lambda query: True)
+    kernel_of_ours()
+    model, _ = build_classifier(ClassifierSpec(dropout=0.3), tiny_encoder, NAMES)
+    model.train()
+    numbers = [
+        np.arange(first, first + size) for first, size in ((0, 30), (9, 40), (3, 60), (7, 52))
+    ]
+    batches = [
+        make_batch(split, rows, rows.astype(np.uint64), padded=False, few_shapes=True)
+        for rows in numbers
+    ]
+    assert len({batch.computed_tokens for batch in batches}) == 4
+    expected = [logits_and_gradient(model, runtime, batch) for batch in batches]
+    counter = CompileCounterWithBackend("aot_eager")
+    model.compile_encoder(backend=counter, fullgraph=True)
+    for batch, theirs in zip(batches, expected, strict=True):
+        ours = logits_and_gradient(model, runtime, batch)
+        assert relative(ours[0], theirs[0]) < 1e-5
+        assert relative(ours[1], theirs[1]) < 1e-5
+    inputs = [
+        node.meta["example_value"]
+        for g in counter.graphs
+        for node in g.graph.nodes
+        if node.op == "placeholder"
+    ]
+    tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+    assert len(tensors) > 20
+    assert all(tensor.dim() > 0 for tensor in tensors)
+    assert len([g for g in counter.graphs if len(g.graph.nodes) > 50]) <= 3
+
+
+def kernel_of_ours() -> None:
+    """Give torch's operator, which has a kernel for GPUs only, one for CPUs, forward and backward."""
+
+    def forward(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *_, **__):
+        out = attend_by_hand(query, key, value, cu_seq_q, cu_seq_k, max_q)
+        return out, torch.zeros(query.shape[1], len(query)), torch.zeros(2, dtype=torch.uint64)
+
+    def backward(grad, query, key, value, out, lse, cu_seq_q, cu_seq_k, max_q, *_, **__):
+        scale = query.shape[-1] ** -0.5
+        gradients = [torch.zeros_like(x) for x in (query, key, value)]
+        for start, stop in pairwise(cu_seq_q.tolist()):
+            q, k, v, g = (x[start:stop] for x in (query, key, value, grad))
+            weights = (torch.einsum("thk,shk->hts", q, k) * scale).softmax(-1)
+            inner = weights * torch.einsum("thk,shk->hts", g, v)
+            inner = (inner - weights * inner.sum(-1, keepdim=True)) * scale
+            terms = (
+                ("hts,shk->thk", inner, k),
+                ("hts,thk->shk", inner, q),
+                ("hts,thk->shk", weights, g),
+            )
+            for target, (equation, left, right) in zip(gradients, terms, strict=True):
+                target[start:stop] = torch.einsum(equation, left, right)
+        return tuple(gradients)
+
+    varlen._varlen_attn.register_kernel("cpu")(forward)
+    varlen._varlen_attn_backward.register_kernel("cpu")(backward)

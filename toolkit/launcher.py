@@ -78,6 +78,11 @@ def refuse_contradictions(config: RunConfig) -> None:
         ConfigError: naming both places of each contradiction.
     """
     problems = []
+    if config.compile and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+        problems.append(
+            "--compile does not go with DeepSpeed, whose hooks stand between the layers: leave it out, "
+            "or use launch/ddp.yaml"
+        )
     for said in [*_from_launcher(config), *_from_deepspeed_file(config)]:
         if said.value in (None, "auto", said.ours):
             continue

@@ -29,6 +29,7 @@ from toolkit.engine.optim import OptimSpec, build_optimizer
 from toolkit.engine.runtime import Runtime
 from toolkit.engine.watchdog import Watchdog
 from toolkit.errors import CheckpointError, Preempted, ToolkitError
+from toolkit.model.attention import has_fast_packing
 from toolkit.model.classifier import ClassifierSpec, HeadClassifier, build_classifier
 from toolkit.record.checkpoints import Origin
 from toolkit.record.export import save_model, save_predictions
@@ -88,6 +89,8 @@ def make_trainer(
 ) -> Trainer:
     """Join model, optimizer and data for the loop, and take a step that changes nothing."""
     optim = part(OptimSpec, config)
+    if config.compile:
+        model.compile_encoder()
     prepared, optimizer = runtime.prepare(
         model, build_optimizer(model, optim), max_norm=config.max_grad_norm
     )
@@ -101,6 +104,7 @@ def make_trainer(
         padded=_is_padded(config, runtime),
         spec=part(LoopSpec, config),
         optim=optim,
+        few_shapes=config.compile,
     )
     runtime.warm_up(lambda model: stand_in_loss(trainer, model))
     return trainer
@@ -336,6 +340,7 @@ class Run:
             self.tokens.splits[split],
             max_tokens=self.config.eval_tokens,
             padded=self.padded,
+            few_shapes=self.config.compile,
             wants_stop=lambda: self.stop.requested,
         )
 
@@ -395,6 +400,7 @@ class Run:
             "device_seconds": round(seconds * self.runtime.world_size, 3),
             "reviews_per_s": totals.rows / seconds,
             "tokens_per_s": totals.tokens / seconds,
+            "peak_memory_mib": round(self.runtime.peak_bytes() / 2**20),
             "padding": 1 - totals.tokens / max(1.0, totals.computed_tokens),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
@@ -419,9 +425,9 @@ def _is_about_others(error: BaseException) -> bool:
 
 
 def _is_padded(config: RunConfig, runtime: Runtime) -> bool:
-    """Resolve `batching: auto`: packed where there is a back end for it."""
+    """Resolve `batching: auto`: packed where there is a fast back end for it."""
     if config.batching == "auto":
-        return runtime.device.type != "cpu"
+        return not has_fast_packing(runtime.device, config.precision)
     return config.batching == "padded"
 
 

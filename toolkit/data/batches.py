@@ -3,7 +3,7 @@
 Shapes: T tokens of a packed micro-batch, S sequences in it, L longest of them, R rows with a label.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,10 @@ STAND_IN = np.arange(2)
 
 Two, because the embedding of the padding token, which may be one of them, has no gradient.
 """
+MIN_UNIT = 64
+"""Tokens: matrix units want multiples of this."""
+SLOT_UNIT = 16
+"""Sequences."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Batch:
     """(R,) rows of the split."""
     tokens: int
     """Tokens of the R rows."""
+    longest: int
+    """Tokens that no sequence of the split exceeds."""
 
     @property
     def computed_tokens(self) -> int:
@@ -48,15 +54,21 @@ class Batch:
 
 
 def make_batch(
-    split: TokenSplit, rows: np.ndarray, *, padded: bool, slot_keys: np.ndarray | None = None
+    split: TokenSplit,
+    rows: np.ndarray,
+    slot_keys: np.ndarray | None = None,
+    *,
+    padded: bool,
+    few_shapes: bool = False,
 ) -> Batch:
     """Gather rows into one micro-batch.
 
     Args:
         split: where the tokens are.
         rows: (R,) rows of the split; may be empty.
-        padded: make a rectangle instead of one packed row.
         slot_keys: (R,) uint64, what dropout on each row depends on; None when there is no dropout.
+        padded: make a rectangle instead of one packed row.
+        few_shapes: fill a packed row up to one of few sizes, see `_fill_up`.
     """
     labels = split.labels[rows].astype(np.int64)
     if len(rows):
@@ -69,9 +81,13 @@ def make_batch(
     positions = np.arange(len(tokens)) - np.repeat(starts, lengths)
     keys = _token_keys(slot_keys, lengths, positions)
     counted = int(lengths.sum()) if len(rows) else 0
+    longest = max(split.longest, len(STAND_IN))
     if not padded:
         bounds = np.append(starts, len(tokens)).astype(np.int32)
-        return Batch(tokens[None], positions[None], keys[None], bounds, None, labels, rows, counted)
+        if few_shapes:
+            bounds, (tokens, positions, keys) = _fill_up(bounds, (tokens, positions, keys), longest)
+        arrays = tokens[None], positions[None], keys[None], bounds
+        return Batch(*arrays, None, labels, rows, counted, longest)
     mask = np.arange(lengths.max()) < lengths[:, None]
     return Batch(
         _fill(mask, tokens),
@@ -82,6 +98,7 @@ def make_batch(
         labels,
         rows,
         counted,
+        longest,
     )
 
 
@@ -101,8 +118,34 @@ def _fill(mask_SL: np.ndarray, values_T: np.ndarray) -> np.ndarray:
     return rectangle
 
 
+def _fill_up(
+    bounds: np.ndarray, arrays: Sequence[np.ndarray], longest: int
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Add tokens and sequences without a label, so that a compiled model meets few shapes.
+
+    A captured CUDA graph serves one shape. Tokens are rounded up to a sixteenth or less of their
+    number (3 % of filling on average); the filling is cut into sequences like any others, because a
+    kernel may rely on `longest`, and empty ones make up the rest of the bounds.
+    """
+    tokens = int(bounds[-1])
+    unit = max(MIN_UNIT, 1 << max(0, (tokens // 16).bit_length() - 1))
+    filled = -(-tokens // unit) * unit
+    cuts = np.minimum(np.arange(tokens + longest, filled + longest, longest), filled)
+    slots = len(bounds) + -(-unit // longest)
+    slots = -(-slots // SLOT_UNIT) * SLOT_UNIT
+    rest = np.full(slots + 1 - len(bounds) - len(cuts), filled)
+    wider = [np.pad(array, (0, filled - tokens)) for array in arrays]
+    return np.concatenate([bounds, cuts, rest]).astype(np.int32), wider
+
+
 def evaluation_batches(
-    split: TokenSplit, rank: int, world_size: int, *, max_tokens: int, padded: bool
+    split: TokenSplit,
+    rank: int,
+    world_size: int,
+    *,
+    max_tokens: int,
+    padded: bool,
+    few_shapes: bool = False,
 ) -> Iterator[Batch]:
     """Yield a rank's share of one pass over a split, each row on exactly one rank.
 
@@ -116,4 +159,4 @@ def evaluation_batches(
     ]
     groups += [order[:0]] * (-len(groups) % world_size)
     for group in groups[rank::world_size]:
-        yield make_batch(split, group, padded=padded)
+        yield make_batch(split, group, padded=padded, few_shapes=few_shapes)

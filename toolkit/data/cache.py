@@ -10,6 +10,7 @@
 A folder appears by one rename when it is complete; see `toolkit.files`.
 """
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,11 @@ class TokenSplit:
     def lengths(self, rows: np.ndarray) -> np.ndarray:
         """Return the number of tokens of each of these rows."""
         return self.offsets[rows + 1] - self.offsets[rows]
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """The number of tokens of the longest row."""
+        return int(np.diff(self.offsets).max(initial=0))
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ def evaluate(
     *,
     max_tokens: int,
     padded: bool,
+    few_shapes: bool = False,
     wants_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Score every row of a split exactly once; all ranks get the whole result.
@@ -51,8 +52,9 @@ def evaluate(
     model.eval()
     scores, seen = torch.zeros(len(split)), torch.zeros(len(split), dtype=torch.int32)
     loss_sum = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    shape = {"padded": padded, "few_shapes": few_shapes}
     for batch in evaluation_batches(
-        split, runtime.rank, runtime.world_size, max_tokens=max_tokens, padded=padded
+        split, runtime.rank, runtime.world_size, max_tokens=max_tokens, **shape
     ):
         runtime.phases.enter("evaluate")
         if runtime.any(wants_stop()):

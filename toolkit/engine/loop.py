@@ -50,6 +50,8 @@ class Trainer:
     padded: bool
     spec: LoopSpec
     optim: OptimSpec
+    few_shapes: bool = False
+    """Fill packs up to few sizes, for a compiled model."""
 
 
 @dataclass
@@ -266,16 +268,17 @@ def micro_batches(trainer: Trainer, progress: Progress, slots: np.ndarray) -> li
         padded=trainer.padded,
     )
     keys = hash64(key64("dropout", spec.seed), slots)
-    return [
-        make_batch(trainer.train, rows[places], padded=trainer.padded, slot_keys=keys[places])
-        for places in dealt[trainer.runtime.rank]
-    ]
+    return [_batch(trainer, rows[places], keys[places]) for places in dealt[trainer.runtime.rank]]
+
+
+def _batch(trainer: Trainer, rows: np.ndarray, keys: np.ndarray | None = None) -> Batch:
+    shapes: Any = {"padded": trainer.padded, "few_shapes": trainer.few_shapes}
+    return make_batch(trainer.train, rows, keys, **shapes)
 
 
 def stand_in_loss(trainer: Trainer, model: nn.Module) -> Tensor:
     """Return some loss that every parameter has a gradient of, without any row of the data."""
-    batch = make_batch(trainer.train, NO_ROWS, padded=trainer.padded)
-    return model(**trainer.runtime.inputs(batch)).logits.float().sum()
+    return model(**trainer.runtime.inputs(_batch(trainer, NO_ROWS))).logits.float().sum()
 
 
 def summed_loss(trainer: Trainer, batch: Batch) -> Tensor:

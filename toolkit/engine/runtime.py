@@ -6,6 +6,7 @@ to whole copies of the model (one process, DDP) is in `replicas`, to DeepSpeed's
 
 import gc
 import os
+import resource
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -112,21 +113,27 @@ class Runtime:
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """Return a micro-batch as the model's arguments, on this process's device."""
-        mask = batch.attention_mask
-        return {
-            "input_ids": self._tensor(batch.input_ids),
-            "position_ids": self._tensor(batch.position_ids),
-            "dropout_keys": self._tensor(batch.dropout_keys),
-            "attention_mask": None if mask is None else self._tensor(mask),
-            "bounds": None if batch.bounds is None else batch.bounds.tolist(),
+        arrays = {
+            "input_ids": batch.input_ids,
+            "position_ids": batch.position_ids,
+            "dropout_keys": batch.dropout_keys,
+            "attention_mask": batch.attention_mask,
+            "bounds": batch.bounds,
         }
+        # what a captured CUDA graph has put out before is not needed any more; no captured one: no effect
+        torch.compiler.cudagraph_mark_step_begin()
+        tensors = {name: self._tensor(x) for name, x in arrays.items() if x is not None}
+        return tensors | {"longest": batch.longest}
 
     def labels(self, batch: Batch) -> Tensor:
         """Return a micro-batch's labels (R,) on this process's device."""
         return self._tensor(batch.labels)
 
     def _tensor(self, array: Any) -> Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":  # from pinned memory a copy does not hold up the host
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
     def seed_step(self, seed: int, step: int) -> None:
         """Make this rank's random draws in a step a function of (seed, step, rank).
@@ -169,6 +176,12 @@ class Runtime:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def peak_bytes(self) -> int:
+        """Return the most memory that this process has used: the device's, or on a CPU the process's."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def step(self) -> float:
         """Clip and apply the gradient, unless it is not finite, and forget it.

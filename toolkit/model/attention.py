@@ -1,18 +1,19 @@
 """Self-attention of a micro-batch, packed or padded, behind one name.
 
-`transformers` looks attention functions up by name. Ours runs packed tokens sequence by sequence,
-without padding, and hands padded ones to its stock "sdpa": the reference.
+`transformers` looks attention functions up by name. Ours keeps packed tokens within their sequence,
+without padding, and hands padded ones to its stock "sdpa": the reference. Packed tokens take one
+flash-attention kernel on a GPU, which needs bf16, and one call for each sequence elsewhere.
 
-Shapes: B rows (1 when packed), T tokens of a row, H heads, K units a head; `bounds` holds S + 1 places
-that cut the packed tokens into S sequences.
+Shapes: B rows (1 when packed), T tokens of a row, H heads, K units a head; `bounds` (S + 1,) int32
+cuts the packed tokens into S sequences.
 """
 
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -32,45 +33,72 @@ def attend(
     key_BHTK: Tensor,
     value_BHTK: Tensor,
     attention_mask: Tensor | None,
-    bounds: list[int] | None = None,
+    bounds: Tensor | None = None,
+    longest: int = 0,
+    dropout: float = 0.0,
+    scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each sequence.
 
+    Args:
+        module: the layer that asks.
+        query_BHTK: queries; keys and values alike.
+        key_BHTK: keys.
+        value_BHTK: values.
+        attention_mask: of padded rows.
+        bounds: of packed ones; None means padded.
+        longest: tokens that no packed sequence exceeds.
+        dropout: of attention weights; packed back ends have none.
+        scaling: of the products of queries and keys; None means 1 / sqrt(K).
+        options: for the padded reference.
+
     Returns:
         (B, T, H, K) and, in the place of the weights, None.
     """
+    inputs = query_BHTK, key_BHTK, value_BHTK
     if bounds is None:
-        return sdpa_attention_forward(
-            module, query_BHTK, key_BHTK, value_BHTK, attention_mask, **options
-        )
-    return _attend_packed(query_BHTK, key_BHTK, value_BHTK, bounds, **options)
-
-
-def _attend_packed(
-    query_1HTK: Tensor,
-    key_1HTK: Tensor,
-    value_1HTK: Tensor,
-    bounds: list[int],
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[Tensor, None]:
+        options |= {"dropout": dropout, "scaling": scaling}
+        return sdpa_attention_forward(module, *inputs, attention_mask, **options)
     assert dropout == 0.0, "attention dropout has no packed back end; the classifier turns it off"
+    if has_varlen(query_BHTK):
+        query_THK, key_THK, value_THK = (x[0].transpose(0, 1) for x in inputs)
+        cuts: Any = (bounds, bounds, longest, longest)
+        packed_THK: Any = varlen_attn(query_THK, key_THK, value_THK, *cuts, scale=scaling)
+        return packed_THK.unsqueeze(0), None
+    return _one_by_one(*inputs, bounds, scaling), None
+
+
+def has_varlen(query: Tensor) -> bool:
+    """Tell whether the kernel for sequences of several lengths takes this."""
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and _has_flash()
+
+
+def has_fast_packing(device: torch.device, precision: str) -> bool:
+    """Tell whether packed tokens are faster than padded ones."""
+    return device.type == "cpu" or (device.type == "cuda" and precision == "bf16" and _has_flash())
+
+
+@torch.compiler.assume_constant_result
+def _has_flash() -> bool:
+    """Tell whether the GPU has flash attention: from Ampere on."""
+    return torch.cuda.get_device_capability() >= (8, 0)
+
+
+@torch.compiler.disable  # each batch has other lengths
+def _one_by_one(
+    query_1HTK: Tensor, key_1HTK: Tensor, value_1HTK: Tensor, bounds: Tensor, scaling: float | None
+) -> Tensor:
+    """Attend in one sequence after the other; return (1, T, H, K)."""
     inputs = [query_1HTK, key_1HTK, value_1HTK]
-    on_cpu = query_1HTK.device.type == "cpu"
-    if on_cpu and query_1HTK.requires_grad:
+    if query_1HTK.device.type == "cpu" and query_1HTK.requires_grad:
         # the CPU's backward pass in bf16 takes four times as long as in fp32 (torch 2.13, NOTES.md)
         inputs = [x.float() for x in inputs]
+    sizes = bounds.diff().tolist()
     # autocast would undo that, and there is nothing else here for it to do
     with torch.autocast(query_1HTK.device.type, enabled=False):
         outputs = [
             functional.scaled_dot_product_attention(query, key, value, scale=scaling)
-            for query, key, value in zip(*(_cut(x, bounds) for x in inputs), strict=True)
+            for query, key, value in zip(*(x.split(sizes, dim=2) for x in inputs), strict=True)
         ]
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
-
-
-def _cut(tensor_1HTK: Tensor, bounds: list[int]) -> tuple[Tensor, ...]:
-    sizes = [stop - start for start, stop in pairwise(bounds)]
-    return tensor_1HTK.split(sizes, dim=2)
+    return torch.cat(outputs, dim=2).transpose(1, 2)

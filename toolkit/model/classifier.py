@@ -64,6 +64,19 @@ class HeadClassifier(BertPreTrainedModel):
         else:
             super()._init_weights(module)
 
+    def compile_encoder(self, **options: Any) -> None:
+        """Let the encoder's layers be compiled when they first run; names of weights stay.
+
+        What changes from batch to batch becomes a variable in the second compilation. (Told beforehand
+        that shapes are dynamic, torch 2.13 makes variables of our dropout's rates, too, which then live
+        on the CPU, and captures nothing.) CUDA graphs are captured for each shape.
+
+        Args:
+            options: of `torch.compile`.
+        """
+        on_gpu = torch.cuda.is_available()
+        self.bert.encoder.compile(**({"mode": "reduce-overhead"} if on_gpu else {}) | options)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -71,7 +84,8 @@ class HeadClassifier(BertPreTrainedModel):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        bounds: list[int] | None = None,
+        bounds: Tensor | None = None,
+        longest: int = 0,
         dropout_keys: Tensor | None = None,
     ) -> SequenceClassifierOutput:
         """Classify sequences.
@@ -82,7 +96,8 @@ class HeadClassifier(BertPreTrainedModel):
             token_type_ids: as in BERT.
             position_ids: as in BERT; needed when packed.
             labels: (S,); if given, the mean cross-entropy is returned as `loss`.
-            bounds: S + 1 places that cut packed tokens into sequences; None means not packed.
+            bounds: (S + 1,) int32, cuts packed tokens into sequences; None means not packed.
+            longest: tokens that no packed sequence exceeds.
             dropout_keys: int32 with the shape of `input_ids`, see `toolkit.model.dropout`.
 
         Returns:
@@ -90,7 +105,7 @@ class HeadClassifier(BertPreTrainedModel):
         """
         self.token_keys.value = dropout_keys
         self.sequence_keys.value = None if dropout_keys is None else _firsts(dropout_keys, bounds)
-        packing = {} if bounds is None else {"bounds": bounds}
+        packing = {} if bounds is None else {"bounds": bounds, "longest": longest}
         encoded = self.bert(input_ids, attention_mask, token_type_ids, position_ids, **packing)
         pooled_SD = encoded.pooler_output
         if bounds is not None:  # BERT pooled the first token of the pack only
@@ -104,9 +119,12 @@ class HeadClassifier(BertPreTrainedModel):
         return SequenceClassifierOutput(loss=loss, logits=logits_SC)
 
 
-def _firsts(x: Tensor, bounds: list[int] | None) -> Tensor:
+def _firsts(x: Tensor, bounds: Tensor | None) -> Tensor:
     """Return the entries of each sequence's first token: (S, L, ...) or (1, T, ...) -> (S, ...)."""
-    return x[:, 0] if bounds is None else x[0, bounds[:-1]]
+    if bounds is None:
+        return x[:, 0]
+    # empty sequences, which keep shapes few, may begin behind the last token
+    return x[0].index_select(0, bounds[:-1].clamp(max=x.shape[1] - 1))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,85 @@
+"""What a GPU computes, against the CPU in fp32. Skipped where there is none."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from tests.tiny import build_cache
+from toolkit.config import RunConfig, part
+from toolkit.data.batches import Batch, make_batch
+from toolkit.data.cache import TokenSplit
+from toolkit.data.prepare import DataSpec
+from toolkit.engine.runtime import Runtime
+from toolkit.model.classifier import ClassifierSpec, build_classifier
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+NAMES = ("neg", "pos")
+ROWS = np.arange(3, 35)
+KEYS = ROWS.astype(np.uint64) * np.uint64(977)
+
+
+@pytest.fixture(scope="module")
+def split(tiny_data: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("cache")
+    return build_cache(DataSpec(str(tiny_data)), tiny_encoder, folder).splits["train"]
+
+
+def compute(
+    encoder: Path, batch: Batch, *, precision: str, on_cpu: bool = False, compiled: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits and gradient of one micro-batch, with dropout on."""
+    with pytest.MonkeyPatch.context() as patch:
+        if on_cpu:
+            patch.setenv("ACCELERATE_USE_CPU", "true")
+        config = replace(RunConfig(), precision=precision, dropout=0.3)
+        runtime = Runtime(config.precision, 1)
+    model, _ = build_classifier(part(ClassifierSpec, config), encoder, NAMES)
+    if compiled:
+        model.compile_encoder()
+    optimizer = torch.optim.AdamW(model.parameters())
+    prepared, _ = runtime.prepare(model, optimizer, max_norm=1.0)
+    prepared.train()
+    for _ in range(3):  # a CUDA graph is captured in the second pass, replayed in the third
+        prepared.zero_grad()
+        logits = prepared(**runtime.inputs(batch)).logits.float()[: len(batch.rows)]
+        functional.cross_entropy(logits, runtime.labels(batch), reduction="sum").backward()
+    gradient = torch.cat([p.grad.flatten().cpu() for p in prepared.parameters()])
+    return logits.detach().cpu(), gradient
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize(
+    ("shape", "precision", "compiled", "tolerance"),
+    [
+        ({"padded": True}, "fp32", False, 1e-3),  # fp32, as torch means it by default: no tf32
+        ({"padded": False}, "fp32", False, 1e-3),
+        ({"padded": True}, "bf16", False, 3e-2),
+        ({"padded": False}, "bf16", False, 3e-2),
+        ({"padded": False, "few_shapes": True}, "bf16", False, 3e-2),
+        ({"padded": False, "few_shapes": True}, "bf16", True, 3e-2),
+    ],
+)
+def test_every_path_is_the_reference(
+    shape: dict[str, bool],
+    precision: str,
+    compiled: bool,
+    tolerance: float,
+    split: TokenSplit,
+    tiny_encoder: Path,
+    fresh_accelerate,
+) -> None:
+    """Logits and gradients; padded fp32 on the CPU is stock BERT, see test_classifier.py."""
+    reference = make_batch(split, ROWS, KEYS, padded=True)
+    expected = compute(tiny_encoder, reference, precision="fp32", on_cpu=True)
+    fresh_accelerate()
+    batch = make_batch(split, ROWS, KEYS, **shape)
+    found = compute(tiny_encoder, batch, precision=precision, compiled=compiled)
+    assert relative(found[0], expected[0]) < tolerance
+    assert relative(found[1], expected[1]) < tolerance
