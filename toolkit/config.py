@@ -150,8 +150,8 @@ class RunConfig:
     """Evaluate on validation every so many steps, besides each epoch's end."""
     best_metric: Literal["f1", "accuracy", "precision", "recall", "loss"] = option("f1")
     """Validation metric that picks the best model."""
-    eval_tokens: int = option(8192, "[4, inf)", identity=False)
-    """Tokens per micro-batch in evaluation."""
+    eval_tokens: int | None = option(None, "[4, inf)", identity=False)
+    """Tokens per micro-batch in evaluation; null means 4,096 on a CPU and 32,768 on a GPU."""
 
     # Checkpoints
     resume: str = option("auto", identity=False)

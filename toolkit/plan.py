@@ -132,7 +132,7 @@ def survey(
     from toolkit.engine import estimate
     from toolkit.engine.runtime import Runtime
     from toolkit.model.classifier import ClassifierSpec, build_classifier
-    from toolkit.run import make_trainer
+    from toolkit.run import evaluation_tokens, make_trainer
 
     runtime = Runtime(config.precision, config.cpu_threads)
     base = psutil.Process().memory_info().rss
@@ -156,7 +156,7 @@ def survey(
         kept = estimate.activations(trainer)
     else:
         rates, kept = estimate.measure(trainer, standing)
-        scoring = estimate.measure_scoring(trainer, config.eval_tokens, standing)
+        scoring = estimate.measure_scoring(trainer, evaluation_tokens(config, runtime), standing)
     return Ground(
         trainer=trainer,
         kept=kept,

@@ -338,7 +338,7 @@ class Run:
             self.runtime,
             self.model,
             self.tokens.splits[split],
-            max_tokens=self.config.eval_tokens,
+            max_tokens=evaluation_tokens(self.config, self.runtime),
             padded=self.padded,
             few_shapes=self.config.compile,
             wants_stop=lambda: self.stop.requested,
@@ -429,6 +429,12 @@ def _is_padded(config: RunConfig, runtime: Runtime) -> bool:
     if config.batching == "auto":
         return not has_fast_packing(runtime.device, config.precision)
     return config.batching == "padded"
+
+
+def evaluation_tokens(config: RunConfig, runtime: Runtime) -> int:
+    """Return the tokens per micro-batch in evaluation: on a CPU more do not fit into its caches."""
+    by_itself = 4096 if runtime.device.type == "cpu" else 32768
+    return config.eval_tokens or max(by_itself, config.max_length)
 
 
 def _score(record: dict[str, Any], config: RunConfig) -> float:
