@@ -2,7 +2,8 @@
 
     python -m tests.bench.processes --repeats 5 --batch_sizes 16 64
 
-The same runs as in `tests.bench`, in turns. `ratio` is reviews/s in steps of two processes over those of one.
+The same runs as in `tests.bench`, in turns. `ratio` is reviews/s in steps of two processes over those
+of one.
 """
 
 import argparse
@@ -41,10 +42,11 @@ def main() -> None:
         options.folder = Path(scratch)
         prepare_encoder(options)
         write_hub_folder(cache_dir(RunConfig()), options.folder / "hub", options.rows + 2, 16)
-        for options.batch_size in options.batch_sizes:
+        for batch_size in options.batch_sizes:
+            options.batch_size = batch_size
             turns = [(rate(1, options), rate(2, options)) for _ in range(options.repeats)]
             shown = {
-                "batch_size": options.batch_size,
+                "batch_size": batch_size,
                 "one": spread([one for one, _ in turns]),
                 "two": spread([two for _, two in turns]),
                 "ratio": spread([two / one for one, two in turns]),
