@@ -330,6 +330,9 @@ def test_the_gpus_path_compiles_whole(
     tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
     assert len(tensors) > 20
     assert all(tensor.dim() > 0 for tensor in tensors)
+    names = [n.name for g in counter.graphs for n in g.graph.nodes if n.op == "placeholder"]
+    assert any("dropout_keys" in name for name in names)
+    assert not any("keys_value" in name for name in names), "taken for one that never moves"
     assert len([g for g in counter.graphs if len(g.graph.nodes) > 50]) <= 3
 
 

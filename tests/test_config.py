@@ -91,6 +91,7 @@ def test_all_problems_at_once_with_names_and_ranges(tmp_path: Path) -> None:
         (["--max_tokens=512", "--grad_accum=2"], ("max_tokens", "grad_accum")),
         (["--max_tokens=64"], ("max_tokens", "max_length")),
         (["--eval_tokens=64"], ("eval_tokens", "max_length")),
+        (["--compile", "--batching=padded"], ("compile", "batching")),
         (["--label_names=[a]"], ("label_names", "two different names")),
         (["--wandb=None"], ("wandb", "project")),
         (["--wandb={'projct': 1}"], ("wandb", "projct")),

@@ -29,6 +29,7 @@ ZERO = {"ACCELERATE_USE_DEEPSPEED": "true"}
     [
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, [], ["mixed_precision", "'fp16'", "'bf16'"]),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, ["--precision=fp32"], ["--precision"]),
+        (ZERO, ["--compile"], ["--compile", "DeepSpeed", "launch/ddp.yaml"]),
         (
             ZERO | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
             [],

@@ -277,6 +277,14 @@ def test_whose_sigterm_it_is(
     assert scheduler.takes_the_place() == takes
 
 
+def test_a_task_of_an_array_asks_for_itself(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last task's own number is the array's, which would stand for all of them."""
+    for name, value in (("JOB_ID", "12"), ("ARRAY_JOB_ID", "12"), ("ARRAY_TASK_ID", "3")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    scheduler.job_facts()
+    assert (fake / "calls").read_text().endswith("show job 12_3\n")
+
+
 def test_preempted_by_sigterm(fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "status.json").write_text('{"status": "preempted"}')
     monkeypatch.setenv("SLURM_JOB_ID", "15")

@@ -77,6 +77,21 @@ def test_a_run_from_start_to_end(tiny_flags: list[str], processes: int) -> None:
     assert done.stdout.count("95 % interval") == 1, "only the main process prints"
 
 
+def test_a_compiled_run_is_the_same(tiny_flags: list[str], tmp_path: Path) -> None:
+    """Two processes under DDP, two micro-batches each in a step; only rounding differs."""
+    flags = [*tiny_flags, "--epochs=2", "--log_every=1", "--grad_accum=2", "--precision=fp32"]
+    losses, folders = [], []
+    for more in ([], ["--compile", f"--output_dir={tmp_path / 'compiled'}"]):
+        done = launch(2, TRAIN, *flags, *more)
+        assert done.returncode == 0, done.stderr
+        folders.append(only_run([*flags, *more]))
+        losses.append([row["train/loss"] for row in lines(folders[-1], "train")])
+    assert folders[0].name == folders[1].name
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[1] != losses[0], "it was compiled"
+    assert lines(folders[1], "train")[0]["train/padding"] > 0, "packs were filled up"
+
+
 @pytest.fixture
 def finished(tiny_flags: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[list[str], Path]:
     flags = [*tiny_flags, "--epochs=2", "--log_every=1"]

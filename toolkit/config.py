@@ -137,8 +137,8 @@ class RunConfig:
     precision: Literal["bf16", "fp32"] = option("bf16")
     """bf16: autocast over fp32 weights. fp32: no autocast."""
     batching: Literal["auto", "packed", "padded"] = option("auto")
-    """packed: no padding. padded: stock BERT. auto: packed, but for fp32 on a GPU, which has no kernel
-    for it."""
+    """packed: no padding. padded: stock BERT. auto: packed, but for fp32 on a GPU and for GPUs older than
+    Ampere, which have no kernel for it."""
     compile: bool = option(False, identity=False)
     """Compile the encoder, and capture it in CUDA graphs: for small batches on a GPU. On a CPU it takes a
     minute to begin with, and gains 4 %."""
@@ -436,6 +436,8 @@ def _conflicts(config: RunConfig) -> list[str]:
         found.append(f"head_depth only applies to head v3, got head {config.head!r}")
     if config.head_width and config.head == "v1":
         found.append("head_width does not apply to head v1, which has no hidden layer")
+    if config.compile and config.batching == "padded":
+        found.append("compile is for packed batches: leave out batching (padded) or compile")
     if config.max_tokens and config.grad_accum > 1:
         found.append("max_tokens sets the number of micro-batches itself: leave grad_accum at 1")
     for name in ("max_tokens", "eval_tokens"):

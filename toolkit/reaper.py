@@ -24,9 +24,8 @@ ORPHAN_SECONDS = 120.0
 def main(command: list[str]) -> int:
     """Run a command to its end, and its orphans to theirs; return its exit code."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
-    for (
-        number
-    ) in SIGNALS:  # SLURM sends them to all of a step's processes, so they need no passing on
+    # SLURM sends signals to all processes of a step, so they need no passing on
+    for number in SIGNALS:
         signal.signal(number, lambda *_: None)
     code = subprocess.call(command)
     deadline = time.monotonic() + ORPHAN_SECONDS

@@ -1,5 +1,6 @@
 """One run: build, distribute, loop, score. Wires the parts; each of them knows only its own."""
 
+import os
 import time
 import traceback
 from pathlib import Path
@@ -28,7 +29,7 @@ from toolkit.engine.loop import (
 from toolkit.engine.optim import OptimSpec, build_optimizer
 from toolkit.engine.runtime import Runtime
 from toolkit.engine.watchdog import Watchdog
-from toolkit.errors import CheckpointError, Preempted, ToolkitError
+from toolkit.errors import CheckpointError, ConfigError, Preempted, ToolkitError
 from toolkit.model.attention import has_fast_packing
 from toolkit.model.classifier import ClassifierSpec, HeadClassifier, build_classifier
 from toolkit.record.checkpoints import Origin
@@ -89,10 +90,16 @@ def make_trainer(
 ) -> Trainer:
     """Join model, optimizer and data for the loop, and take a step that changes nothing."""
     optim = part(OptimSpec, config)
+    padded = _is_padded(config, runtime)
     if config.compile:
+        if padded or not has_fast_packing(runtime.device, config.precision):
+            raise ConfigError([f"compile needs packed reviews, which {runtime.device} runs in bf16 only"])
         model.compile_encoder()
     prepared, optimizer = runtime.prepare(
-        model, build_optimizer(model, optim), max_norm=config.max_grad_norm
+        model,
+        build_optimizer(model, optim),
+        max_norm=config.max_grad_norm,
+        keeps_gradients=config.compile,
     )
     train_split = tokens.splits["train"]
     trainer = Trainer(
@@ -101,7 +108,7 @@ def make_trainer(
         optimizer=optimizer,
         train=train_split,
         stream=part(Stream, config, num_rows=len(train_split)),
-        padded=_is_padded(config, runtime),
+        padded=padded,
         spec=part(LoopSpec, config),
         optim=optim,
         few_shapes=config.compile,
@@ -112,9 +119,7 @@ def make_trainer(
 
 def _record_early_stop(config: RunConfig, folder: RunFolder, stop: Stop) -> None:
     folder.record_crash("preempted", message=str(Preempted()), split=folder.split)
-    is_main = bool(
-        folder.start
-    )  # only the main process has opened it, while the ranks have not met
+    is_main = os.environ.get("RANK", "0") == "0"  # the ranks have not met: there is no runtime yet
     if is_main and config.track == "wandb" and is_agents_run() and stop.by_scheduler:
         give_back(wandb_arguments(*config.wandb_place))
 
@@ -291,10 +296,8 @@ class Run:
             return
         self.folder.begin(config.to_yaml(), facts)
         if config.track == "wandb":
-            arguments, shown = (
-                wandb_arguments(*config.wandb_place),
-                redact_values(config.identity()),
-            )
+            arguments = wandb_arguments(*config.wandb_place)
+            shown = redact_values(config.identity())
             self.tracker = Tracker(lambda: runtime.start_wandb(arguments, shown))
         self.say(
             f"Training on {runtime.world_size} x {facts['device']} ({facts['distributed_type']}), "

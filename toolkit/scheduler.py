@@ -9,9 +9,11 @@ ANSWER_SECONDS = 10
 
 def job_facts() -> dict[str, str]:
     """Return what `scontrol show job` says of this job; {} outside of one, or if it does not answer."""
-    job = os.environ.get("SLURM_JOB_ID")
+    job, array = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_ARRAY_JOB_ID")
     if not job or not shutil.which("scontrol"):
         return {}
+    if array:  # its last task has the array's own id, which would name all tasks
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     command = ["scontrol", "--oneliner", "show", "job", job]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS)

@@ -20,8 +20,6 @@ Two, because the embedding of the padding token, which may be one of them, has n
 """
 MIN_UNIT = 64
 """Tokens: matrix units want multiples of this."""
-SLOT_UNIT = 16
-"""Sequences."""
 
 
 @dataclass(frozen=True)
@@ -123,16 +121,16 @@ def _fill_up(
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Add tokens and sequences without a label, so that a compiled model meets few shapes.
 
-    A captured CUDA graph serves one shape. Tokens are rounded up to a sixteenth or less of their
-    number (3 % of filling on average); the filling is cut into sequences like any others, because a
-    kernel may rely on `longest`, and empty ones make up the rest of the bounds.
+    A captured CUDA graph serves one shape. Tokens are rounded up to a multiple of a power of two, at most
+    a sixteenth of their number if there are a thousand (3 % of filling on average); the filling is cut
+    into sequences like any others, because a kernel may rely on `longest`, and empty ones, which cost
+    next to nothing, make up the rest of the bounds, a power of two again.
     """
     tokens = int(bounds[-1])
     unit = max(MIN_UNIT, 1 << max(0, (tokens // 16).bit_length() - 1))
     filled = -(-tokens // unit) * unit
     cuts = np.minimum(np.arange(tokens + longest, filled + longest, longest), filled)
-    slots = len(bounds) + -(-unit // longest)
-    slots = -(-slots // SLOT_UNIT) * SLOT_UNIT
+    slots = 1 << (len(bounds) + -(-unit // longest)).bit_length()
     rest = np.full(slots + 1 - len(bounds) - len(cuts), filled)
     wider = [np.pad(array, (0, filled - tokens)) for array in arrays]
     return np.concatenate([bounds, cuts, rest]).astype(np.int32), wider

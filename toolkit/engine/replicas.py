@@ -31,6 +31,7 @@ class Replicas:
         self.optimizer: torch.optim.Optimizer = optimizer.optimizer
         self.max_norm = max_norm
         self.ready = watch_gradients(self.plain)
+        self.keeps_gradients = False
 
     def precision_plan(self) -> dict[str, str]:
         """Say in which precision what is kept, as found in the objects themselves."""
@@ -48,6 +49,12 @@ class Replicas:
         """Leave gradients on this rank until the last micro-batch of a step."""
         self.ready.clear()
         return nullcontext() if last else self.accelerator.no_sync(self.model)
+
+    def keep_gradients(self) -> None:
+        """See `Runtime.prepare`."""
+        self.keeps_gradients = True
+        for parameter in self.plain.parameters():
+            parameter.grad = torch.zeros_like(parameter)
 
     def can_rejoin(self) -> bool:
         """See `Runtime.can_rejoin`."""
@@ -73,7 +80,7 @@ class Replicas:
         assert norm is not None
         if math.isfinite(norm := float(norm)):
             self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
         return norm
 
     def warmed_up(self) -> None:

@@ -83,7 +83,12 @@ class Runtime:
         return "bf16 by autocast; head and loss fp32" if self.precision == "bf16" else "fp32"
 
     def prepare(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, max_norm: float
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        max_norm: float,
+        keeps_gradients: bool = False,
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Put model and optimizer on this process's device and join them with the other ranks'.
 
@@ -91,6 +96,8 @@ class Runtime:
             model: the model; it computes under autocast from now on, if that is the precision.
             optimizer: its optimizer.
             max_norm: clip the gradient's norm to this; infinity does not clip.
+            keeps_gradients: clear gradients in place. Otherwise the first of a step may be a tensor of a
+                captured CUDA graph, which the next micro-batch writes over.
         """
         bf16 = self.precision == "bf16"
         # Not Accelerate's: under DeepSpeed that would mean bf16 parameters, another arithmetic than
@@ -105,6 +112,8 @@ class Runtime:
         self.strategy: Replicas | Zero = kind(
             self.accelerator, prepared, prepared_optimizer, max_norm
         )
+        if keeps_gradients:
+            self.strategy.keep_gradients()
         return prepared, prepared_optimizer
 
     def unwrap(self, model: nn.Module) -> Any:
@@ -120,7 +129,7 @@ class Runtime:
             "attention_mask": batch.attention_mask,
             "bounds": batch.bounds,
         }
-        # what a captured CUDA graph has put out before is not needed any more; no captured one: no effect
+        # what a captured CUDA graph put out in the micro-batch before is not needed any more
         torch.compiler.cudagraph_mark_step_begin()
         tensors = {name: self._tensor(x) for name, x in arrays.items() if x is not None}
         return tensors | {"longest": batch.longest}

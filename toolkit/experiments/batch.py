@@ -1,6 +1,7 @@
 """The commands that have to do with SLURM: submit an array, and what its tasks ask for."""
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def submit(argv: list[str]) -> int:
     asked = read(made, argv, with_others=True)
     runs = asked.runs()
     todo = slurm.missing(runs, slurm.queue(), asked.options.retry_failed)
-    command = " ".join([str(asked.file), *asked.extra])
+    command = shlex.join([str(asked.file), *asked.extra])
     note_what_is_ignored(asked)
     if not todo:
         say(f"Nothing is missing: each of the {len(runs)} runs is complete, running or queued, or")

@@ -1,5 +1,6 @@
 """Which runs there are, and how each of them stands: the command to come back to the next morning."""
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,9 +39,9 @@ def list_runs(command: str, doc: str | None, argv: list[str]) -> tuple[str, Path
     if place.is_dir():
         if argv[1:]:
             raise ConfigError([f"{token} only goes with a sweep file" for token in argv[1:]])
-        return str(place), place.absolute(), _found_in(place)
+        return shlex.quote(str(place)), place.absolute(), _found_in(place)
     asked = read(made, argv)
-    words = " ".join([str(place), *asked.extra])
+    words = shlex.join([str(place), *asked.extra])
     if asked.sweep.method != "grid":
         folder = runs_folder(asked.sweep, asked.extra).absolute()
         return words, folder, _found_in(folder)
@@ -69,7 +70,7 @@ def status(argv: list[str]) -> int:
         if task and kind not in ("running", "completed"):
             kind, text = "queued", "  ".join(filter(None, [task.describe(), text]))
         elif kind == "waiting":
-            text = _why_not_begun(Path(words.split()[0]).stem, each)
+            text = _why_not_begun(Path(shlex.split(words)[0]).stem, each)
         counts[kind] += 1
         say(f"{each.name(width):<{width + 22}}  {kind:<9}  {text}".rstrip())
     order = [kind for kind in ("queued", *ALL_KINDS) if counts[kind]]
@@ -94,7 +95,7 @@ def _what_next(words: str, counts: Counter[str]) -> Iterator[str]:
     starts = f"{command} run {words}, or submit instead of run"
     open_kinds = [kind for kind in ("waiting", "preempted", "lost") if counts[kind]]
     over = [kind for kind in ("failed", "stopped") if counts[kind]]
-    if Path(words).is_dir():  # there is no sweep to start anything of
+    if Path(shlex.split(words)[0]).is_dir():  # there is no sweep to start anything of
         starts, open_kinds, over = "", [], []
     if open_kinds:
         yield f"to start what is {' or '.join(open_kinds)}: {starts}"

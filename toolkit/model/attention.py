@@ -71,7 +71,8 @@ def attend(
 
 def has_varlen(query: Tensor) -> bool:
     """Tell whether the kernel for sequences of several lengths takes this."""
-    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and _has_flash()
+    fits = query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0
+    return query.is_cuda and fits and query.shape[-1] <= 256 and _has_flash()
 
 
 def has_fast_packing(device: torch.device, precision: str) -> bool:
@@ -81,8 +82,9 @@ def has_fast_packing(device: torch.device, precision: str) -> bool:
 
 @torch.compiler.assume_constant_result
 def _has_flash() -> bool:
-    """Tell whether the GPU has flash attention: from Ampere on."""
-    return torch.cuda.get_device_capability() >= (8, 0)
+    """Tell whether the GPU (from Ampere on) and this build of torch have flash attention."""
+    is_built = torch.backends.cuda.is_flash_attention_available()
+    return is_built and torch.cuda.get_device_capability() >= (8, 0)
 
 
 @torch.compiler.disable  # each batch has other lengths

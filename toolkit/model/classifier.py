@@ -50,6 +50,7 @@ class HeadClassifier(BertPreTrainedModel):
         )
         self.head = build_head(config.head, config.hidden_size, len(config.id2label or {}), options)
         self.token_keys, self.sequence_keys = DropoutKeys(), DropoutKeys()
+        self.is_compiled = False
         layers = replace_dropout(self.bert, self.token_keys)
         replace_dropout(self.head, self.sequence_keys, first_layer=layers)
         self.post_init()
@@ -69,13 +70,25 @@ class HeadClassifier(BertPreTrainedModel):
 
         What changes from batch to batch becomes a variable in the second compilation. (Told beforehand
         that shapes are dynamic, torch 2.13 makes variables of our dropout's rates, too, which then live
-        on the CPU, and captures nothing.) CUDA graphs are captured for each shape.
+        on the CPU, and captures nothing.)
 
         Args:
             options: of `torch.compile`.
         """
-        on_gpu = torch.cuda.is_available()
-        self.bert.encoder.compile(**({"mode": "reduce-overhead"} if on_gpu else {}) | options)
+        encoder: Any = self.bert.encoder
+        forward, keys = encoder.forward, self.token_keys
+
+        def with_keys(*args: Any, dropout_keys: Tensor, **kwargs: Any) -> Any:
+            # as an argument: what hangs on a module is taken for a tensor that never moves, and another
+            # graph is captured whenever it did
+            keys.value = dropout_keys
+            return forward(*args, **kwargs)
+
+        defaults = {"mode": "reduce-overhead"} if torch.cuda.is_available() else {}
+        encoder.forward = torch.compile(with_keys, **defaults | options)
+        self.is_compiled = True
+        # it would cut the encoder at DDP's buckets, into graphs that pass numbers to each other
+        torch._dynamo.config.optimize_ddp = False
 
     def forward(
         self,
@@ -105,7 +118,11 @@ class HeadClassifier(BertPreTrainedModel):
         """
         self.token_keys.value = dropout_keys
         self.sequence_keys.value = None if dropout_keys is None else _firsts(dropout_keys, bounds)
-        packing = {} if bounds is None else {"bounds": bounds, "longest": longest}
+        packing: dict[str, Any] = {}
+        if bounds is not None:
+            packing = {"bounds": bounds, "longest": longest}
+        if self.is_compiled:
+            packing["dropout_keys"] = dropout_keys
         encoded = self.bert(input_ids, attention_mask, token_type_ids, position_ids, **packing)
         pooled_SD = encoded.pooler_output
         if bounds is not None:  # BERT pooled the first token of the pack only

@@ -80,8 +80,11 @@ class RunFolder:
         return False
 
     def _has_signs_of_life(self) -> bool:
-        beats = (path.stat().st_mtime for path in (self.path / ".ranks").rglob("*"))
-        return time.time() - max(beats, default=0.0) < SILENCE_SECONDS
+        beats = [0.0]
+        for path in (self.path / ".ranks").rglob("*"):
+            with suppress(OSError):  # ranks replace their files all the time
+                beats.append(path.stat().st_mtime)
+        return time.time() - max(beats) < SILENCE_SECONDS
 
     def _lock_file(self) -> FileLock:
         return FileLock(self.path.with_name(f".{self.path.name}.lock"))
