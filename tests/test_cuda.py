@@ -45,7 +45,9 @@ def compute(
     prepared.train()
     for _ in range(4):  # a CUDA graph is captured in one of the first passes, and replayed then
         prepared.zero_grad(set_to_none=not compiled)
-        for _ in range(2):  # the second adds to the gradient of the first, which has to be there still
+        for _ in range(
+            2
+        ):  # the second adds to the gradient of the first, which has to be there still
             logits = prepared(**runtime.inputs(batch)).logits.float()[: len(batch.rows)]
             functional.cross_entropy(logits, runtime.labels(batch), reduction="sum").backward()
     gradient = torch.cat([p.grad.flatten().cpu() for p in prepared.parameters()])

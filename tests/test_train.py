@@ -88,8 +88,9 @@ def test_a_compiled_run_is_the_same(tiny_flags: list[str], tmp_path: Path) -> No
         losses.append([row["train/loss"] for row in lines(folders[-1], "train")])
     assert folders[0].name == folders[1].name
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    assert losses[1] != losses[0], "it was compiled"
-    assert lines(folders[1], "train")[0]["train/padding"] > 0, "packs were filled up"
+    padding = [[row["train/padding"] for row in lines(folder, "train")] for folder in folders]
+    assert set(padding[0]) == {0}
+    assert max(padding[1]) > 0, "it was compiled: packs were filled up"
 
 
 @pytest.fixture

@@ -93,7 +93,9 @@ def make_trainer(
     padded = _is_padded(config, runtime)
     if config.compile:
         if padded or not has_fast_packing(runtime.device, config.precision):
-            raise ConfigError([f"compile needs packed reviews, which {runtime.device} runs in bf16 only"])
+            raise ConfigError(
+                [f"compile needs packed reviews, which {runtime.device} runs in bf16 only"]
+            )
         model.compile_encoder()
     prepared, optimizer = runtime.prepare(
         model,
