@@ -32,6 +32,7 @@ from toolkit.prepare import prepare_data
 
 PEERS = ("run_classification", "trainer_dynamic", "trainer_best", "accelerate_loop")
 CONTENDERS = ("ours", *PEERS)
+IN_FP32 = ("run_classification", "trainer_dynamic", "accelerate_loop")
 ON_A_GPU = ("ours_compiled", "trainer_compiled")
 """On a CPU the lengths make the Trainer's model compile again and again, and ours gains 4 %."""
 LOG_EVERY = 5
@@ -181,7 +182,7 @@ def summary(turns: list[dict[str, Any]], peaks: dict[str, float], flops: float) 
                 ratios = [turn["ours"][key] / turn[name][key] for turn in turns]
                 shown["contenders"][name][f"ours / it, {key}"] = spread(ratios)
     for name, figures in shown["contenders"].items():
-        rate = peaks["fp32" if name in ("run_classification", "accelerate_loop") else "bf16"]
+        rate = peaks["fp32" if name in IN_FP32 else "bf16"]
         figures["share"] = round(figures["tokens_per_s"]["median"] * flops / rate, 3)
     return shown
 
