@@ -113,7 +113,7 @@ class Runtime:
             self.accelerator, prepared, prepared_optimizer, max_norm
         )
         if keeps_gradients:
-            assert isinstance(self.strategy, Replicas), "a compiled model under DeepSpeed is refused"
+            assert isinstance(self.strategy, Replicas), "DeepSpeed runs no compiled model"
             self.strategy.keep_gradients()
         return prepared, prepared_optimizer
 
