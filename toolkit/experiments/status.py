@@ -109,5 +109,5 @@ def _queued() -> dict[Path, slurm.Task]:
     try:
         return slurm.queue()
     except slurm.SlurmError as error:  # what the run folders say is worth showing
-        complain(f"warning: which runs are queued is not known: {error}")
+        complain(f"warning: which runs are queued is not known: {str(error).splitlines()[-1]}")
         return {}
