@@ -84,7 +84,7 @@ def test_a_compiled_run_is_the_same(tiny_flags: list[str], tmp_path: Path) -> No
     for more in ([], ["--compile", f"--output_dir={tmp_path / 'compiled'}"]):
         done = launch(2, TRAIN, *flags, *more)
         assert done.returncode == 0, done.stderr
-        folders.append(only_run([*flags, *more]))
+        folders.append(only_run(more or flags))
         losses.append([row["train/loss"] for row in lines(folders[-1], "train")])
     assert folders[0].name == folders[1].name
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)

@@ -199,8 +199,8 @@ def _row(ground: Ground, launch: str, kind: "Kind", ranks: int) -> Row:
     tokens, share = (work.total, ranks) if ground.on_cpu else (work.busiest, 1)
     seconds = ground.rates.fixed * share + ground.rates.per_token * tokens
     sent = estimate.communication_bytes(kind, ground.parameters, ranks) / ground.link
-    # on a CPU, the copy of weights and moments that a checkpoint is written from is there, too
-    copy = 3 * estimate.FLOAT * ground.parameters if ground.on_cpu else 0
+    # on a CPU, the copy is there, too, of which each rank writes its part of a checkpoint
+    copy = 3 * estimate.FLOAT * ground.parameters / ranks if ground.on_cpu else 0
     busy = max(ground.kept.of(work.largest), ground.scoring) + copy
     return Row(launch, ranks, ground.base + state + busy, fits, seconds + sent)
 
