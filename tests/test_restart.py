@@ -5,8 +5,10 @@ import textwrap
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.programs import run_python
+from toolkit.restart import is_restarted
 
 PROGRAM = """
 import json, os, signal, subprocess, sys, time
@@ -65,3 +67,13 @@ def test_what_goes_along(tmp_path: Path) -> None:
         "requested": True,
         "by_scheduler": True,
     }
+
+
+def test_a_job_that_begins_again_goes_on_but_an_agents_starts_other_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert not is_restarted()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert is_restarted()
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    assert not is_restarted()

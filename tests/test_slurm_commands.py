@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import os
 import stat
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -283,6 +285,33 @@ def test_a_task_of_an_array_asks_for_itself(fake: Path, monkeypatch: pytest.Monk
         monkeypatch.setenv(f"SLURM_{name}", value)
     scheduler.job_facts()
     assert (fake / "calls").read_text().endswith("show job 12_3\n")
+
+
+def test_the_code_of_a_command_is_not_lost() -> None:
+    """Though it ends at once, or the warning comes while it runs."""
+    script = """
+    source "$TOOLKIT_ROOT/slurm/supervise.sh"
+    for ((i = 0; i < 40; i++)); do wait_for bash -c "exit 3"; echo "$code"; done
+    wait_for bash -c "kill -USR2 $$; sleep 0.3; exit 5"; echo "$code"
+    is_asked && rm "$TOOLKIT_STOP_FILE" && echo asked
+    """
+    settings = {"SLURM_JOB_ID": f"test-{os.getpid()}", "TOOLKIT_ROOT": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["3"] * 40 + ["5", "asked"], done.stderr
+
+
+def test_an_array_that_is_too_large(
+    fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "sbatch: error: Batch job submission failed: Invalid job array specification"
+    (fake / "sbatch").write_text(f"#!/bin/sh\necho '{text}' >&2; exit 1\n")
+    assert main(["submit", str(SWEEP), f"--output_dir={tmp_path}"]) == 1
+    assert "MaxArraySize" in capsys.readouterr().err
 
 
 def test_preempted_by_sigterm(fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,6 +186,12 @@ def test_a_task_asks_for_one_run_of_many(
         sweeps.run_at(sweeps.load(path), 0, ["--seed=3"])
 
 
+@pytest.mark.parametrize("rate", ["-5", "0"])
+def test_a_rate_that_is_none(capsys: pytest.CaptureFixture[str], rate: str) -> None:
+    assert main(["plan", str(SWEEPS[0]), f"--rate={rate}"]) == 2
+    assert "allowed is more than 0" in capsys.readouterr().err
+
+
 def test_no_more_runs_than_the_cap(tmp_path: Path) -> None:
     """As W&B's server does."""
     path = write(tmp_path, run_cap=2, parameters={"seed": {"values": [*range(5)]}})
