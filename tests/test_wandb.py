@@ -16,6 +16,8 @@ from tests.wandb_server import ENTITY, PROJECT, Server, serving
 from toolkit.config import parse
 
 BIN = Path(sys.executable).parent
+START_SECONDS = 25
+"""What a start takes by itself, beside other tests: importing torch most of all."""
 
 
 class Bench:
@@ -193,6 +195,7 @@ def test_a_preempted_run_goes_on_with_another_agent(bench: Bench) -> None:
 @pytest.mark.parametrize("misbehaviour", ["refuse", "fail", "hang", "slow", "vanish"])
 def test_a_server_that_misbehaves_costs_no_run(bench: Bench, misbehaviour: str) -> None:
     """Start-up waits for at most 15 s, the end for at most 30 s, and no row is lost."""
+    began = time.time()
     if misbehaviour == "refuse":
         bench.environment["WANDB_BASE_URL"] = "http://127.0.0.1:9"
     elif misbehaviour != "vanish":
@@ -201,7 +204,6 @@ def test_a_server_that_misbehaves_costs_no_run(bench: Bench, misbehaviour: str) 
     script = "import sys; from toolkit.train import main; sys.exit(main(sys.argv[1:]))"
     if misbehaviour == "vanish":
         watch = lambda: logged(bench.runs / "x", 30)  # noqa: E731
-        started = time.monotonic()
         with subprocess.Popen(
             [sys.executable, "-c", script, *flags],
             cwd=ROOT,
@@ -214,13 +216,13 @@ def test_a_server_that_misbehaves_costs_no_run(bench: Bench, misbehaviour: str) 
             out, _ = process.communicate(timeout=120)
             code, said = process.returncode, out.decode()
     else:
-        started = time.monotonic()
         done = run_python("-c", script, *flags, PYTHONPATH=str(ROOT), **bench.environment)
         code, said = done.returncode, done.stdout + done.stderr
-    seconds = time.monotonic() - started
+    ended = time.time()
     assert code == 0, said
-    found = [row["step"] for row in rows(bench.runs / "x") if row["kind"] == "train"]
+    kept = rows(bench.runs / "x")
+    assert kept[0]["time"] - began < 15 + START_SECONDS, said
+    assert ended - kept[-1]["time"] < 30, (ended - kept[-1]["time"], said)
+    found = [row["step"] for row in kept if row["kind"] == "train"]
     assert found == [*range(1, len(found) + 1)]
     assert len(found) == 270
-    assert seconds < 15 + 30 + 30, said
-    print(misbehaviour, round(seconds, 1))

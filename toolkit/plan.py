@@ -199,7 +199,7 @@ def _row(ground: Ground, launch: str, kind: "Kind", ranks: int) -> Row:
     tokens, share = (work.total, ranks) if ground.on_cpu else (work.busiest, 1)
     seconds = ground.rates.fixed * share + ground.rates.per_token * tokens
     sent = estimate.communication_bytes(kind, ground.parameters, ranks) / ground.link
-    # on a CPU, the copy is there, too, of which each rank writes its part of a checkpoint
+    # on a CPU, what a rank copies to write its part of a checkpoint is there, too
     copy = 3 * estimate.FLOAT * ground.parameters / ranks if ground.on_cpu else 0
     busy = max(ground.kept.of(work.largest), ground.scoring) + copy
     return Row(launch, ranks, ground.base + state + busy, fits, seconds + sent)

@@ -130,8 +130,13 @@ def rows(found: list[Setting]) -> list[dict[str, Any]]:
     return sorted(listed, key=lambda row: (row["verdict"] != OTHER, row["f1"] or 0.0), reverse=True)
 
 
+def name_of(run: dict[str, Any]) -> str:
+    """Return what the table calls a run."""
+    return run.get("experiment") or run["run_id"]
+
+
 def _row(run: dict[str, Any], setting: Setting, best: Setting) -> dict[str, Any]:
-    row: dict[str, Any] = {"experiment": run.get("experiment") or run["run_id"]}
+    row: dict[str, Any] = {"experiment": name_of(run)}
     row |= {name: run["config"][name] for name in SETTINGS}
     for name in METRICS:
         estimate = run["test"][name]

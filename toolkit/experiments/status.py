@@ -61,7 +61,7 @@ def _found_in(folder: Path) -> list[Listed]:
 def status(argv: list[str]) -> int:
     """Show how every run of a sweep, or of a folder, stands."""
     words, folder, listed = list_runs("status", status.__doc__, argv)
-    queued = _queued()
+    place, queued = Path(shlex.split(words)[0]), _queued()
     width = max((len(each.label) for each in listed), default=0)
     counts: Counter[str] = Counter()
     for each in listed:
@@ -70,13 +70,13 @@ def status(argv: list[str]) -> int:
         if task and kind not in ("running", "completed"):
             kind, text = "queued", "  ".join(filter(None, [task.describe(), text]))
         elif kind == "waiting":
-            text = _why_not_begun(Path(shlex.split(words)[0]).stem, each)
+            text = _why_not_begun(place.stem, each)
         counts[kind] += 1
         say(f"{each.name(width):<{width + 22}}  {kind:<9}  {text}".rstrip())
     order = [kind for kind in ("queued", *ALL_KINDS) if counts[kind]]
     summary = ", ".join(f"{counts[kind]} {kind}" for kind in order)
     say(f"{len(listed)} runs in {folder}" + (f": {summary}" if summary else ""))
-    for line in _what_next(words, counts):
+    for line in _what_next(words, counts, can_start=not place.is_dir()):
         say(line)
     return 0
 
@@ -89,17 +89,15 @@ def _why_not_begun(sweep: str, listed: Listed) -> str:
     return f"its last start ended before the run began  (log {newest})" if newest else ""
 
 
-def _what_next(words: str, counts: Counter[str]) -> Iterator[str]:
+def _what_next(words: str, counts: Counter[str], *, can_start: bool) -> Iterator[str]:
     """Say what to type, for the kinds that occur."""
     command = "python -m toolkit sweep"
     starts = f"{command} run {words}, or submit instead of run"
     open_kinds = [kind for kind in ("waiting", "preempted", "lost") if counts[kind]]
     over = [kind for kind in ("failed", "stopped") if counts[kind]]
-    if Path(shlex.split(words)[0]).is_dir():  # there is no sweep to start anything of
-        starts, open_kinds, over = "", [], []
-    if open_kinds:
+    if can_start and open_kinds:
         yield f"to start what is {' or '.join(open_kinds)}: {starts}"
-    if over:
+    if can_start and over:
         yield f"to start what has {' or was '.join(over)}, too: the same with --retry_failed"
     if counts["completed"]:
         yield f"to compare what is completed: {command} results {words}"

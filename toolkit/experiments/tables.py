@@ -16,7 +16,15 @@ from rich.table import Table
 from rich.text import Text
 
 from toolkit.console import say
-from toolkit.experiments.results import COLUMNS, METRICS, SETTINGS, Setting, best_by_head, rows
+from toolkit.experiments.results import (
+    COLUMNS,
+    METRICS,
+    SETTINGS,
+    Setting,
+    best_by_head,
+    name_of,
+    rows,
+)
 from toolkit.files import write_json, write_text
 
 CSV_NAME = "bert_experiment_results.csv"
@@ -155,11 +163,6 @@ def _describe(row: dict[str, Any]) -> str:
         about = f"{row['run_id']}: {about}"
     value = "n/a" if row["f1"] is None else f"{row['f1']:.4f}"
     return f"{row['experiment']} ({about}), F1 {value}"
-
-
-def name_of(run: dict[str, Any]) -> str:
-    """Return what the table calls a run."""
-    return run.get("experiment") or run["run_id"]
 
 
 def write_all(folder: Path, found: list[Setting]) -> list[Path]:

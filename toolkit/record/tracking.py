@@ -111,8 +111,9 @@ def wandb_arguments(options: dict[str, Any], run_id: str, folder: Path) -> dict[
         "resume": "allow",
         "dir": str(folder),
         "mode": wandb_mode(),
-        # what keeps it from holding up a run, and quiet
-        "settings": {"init_timeout": 15, "finish_timeout": 25, "console": "off", "quiet": True},
+        # keeps it from holding up a run, and quiet. When the server has gone meanwhile, the end takes
+        # 12 s more than its limit (wandb 0.31.0), and may take 30
+        "settings": {"init_timeout": 15, "finish_timeout": 12, "console": "off", "quiet": True},
     }
 
 
