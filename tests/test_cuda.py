@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch.nn import functional
 
+from tests.test_loop import make_trainer
 from tests.tiny import build_cache
 from toolkit.config import RunConfig, part
 from toolkit.data.batches import Batch, make_batch
 from toolkit.data.cache import TokenSplit
 from toolkit.data.prepare import DataSpec
+from toolkit.engine.loop import Progress, Wants, add_gradients, micro_batches, train_step
 from toolkit.engine.runtime import Runtime
 from toolkit.model.classifier import ClassifierSpec, build_classifier
 
@@ -40,7 +42,7 @@ def compute(
     model, _ = build_classifier(part(ClassifierSpec, config), encoder, NAMES)
     if compiled:
         model.compile_encoder()
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     prepared, _ = runtime.prepare(model, optimizer, max_norm=1.0, keeps_gradients=compiled)
     prepared.train()
     for _ in range(4):  # a CUDA graph is captured in one of the first passes, and replayed then
@@ -86,3 +88,18 @@ def test_every_path_is_the_reference(
     found = compute(tiny_encoder, batch, precision=precision, compiled=compiled)
     assert relative(found[0], expected[0]) < tolerance
     assert relative(found[1], expected[1]) < tolerance
+
+
+def test_the_host_does_not_wait_within_a_step(split: TokenSplit, tiny_encoder: Path) -> None:
+    """As in test_loop.py, where CUDA itself says so."""
+    trainer = make_trainer(split, tiny_encoder, precision="bf16", grad_accum=2)
+    train_step(trainer, Progress(), Wants())  # kernels are loaded
+    batches = micro_batches(trainer, 1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sums = add_gradients(trainer, batches, 16, Wants())
+        norm = trainer.runtime.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sums[0] > 0
+    assert norm.isfinite()

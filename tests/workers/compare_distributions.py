@@ -97,7 +97,7 @@ def run_case(name: str, config: RunConfig, runtime: Runtime) -> dict[str, Any]:
     result["log"] = np.array(rows)
     if out_of_memory and isinstance(trainer.model, DistributedDataParallel):
         assert len(trainer.model.reducer._get_zeros_like_grad_buckets()) > 3
-    result["broken"] = np.array(runtime.sums({"broken": len(broken)})["broken"])
+    result["broken"] = runtime.sum(torch.tensor(len(broken))).numpy()
     result["updates"] = np.array(runtime.updates())
     result["skipped"] = np.array(progress.overall.skipped)
     result["plan"] = np.array(runtime.describe()["precision_plan"]["parameters"])

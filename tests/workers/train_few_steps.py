@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,10 +77,10 @@ def first_gradient(trainer: Trainer) -> dict[str, np.ndarray]:
     caught: dict[str, np.ndarray] = {}
 
     def catch(*_: object) -> None:
-        model = trainer.runtime.unwrap(trainer.model)
-        caught.update({name: p.grad.numpy().copy() for name, p in model.named_parameters()})
+        model, scale = trainer.runtime.unwrap(trainer.model), optimizer.grad_scale
+        caught.update({name: (p.grad / scale).numpy() for name, p in model.named_parameters()})
 
-    optimizer = trainer.runtime.strategy.optimizer
+    optimizer: Any = trainer.runtime.strategy.optimizer
     step, optimizer.step = optimizer.step, catch
     trainer.model.train()
     train_step(trainer, Progress(step=1), Wants())
@@ -93,7 +94,7 @@ def run_case(config: RunConfig, runtime: Runtime) -> dict[str, np.ndarray]:
     result = {f"gradient/{name}": value for name, value in first_gradient(trainer).items()}
     rows = np.zeros((STEPS, len(trainer.train)))
     for step in range(STEPS):
-        for batch in micro_batches(trainer, Progress(step=step), trainer.stream.slots(step)):
+        for batch in micro_batches(trainer, step):
             np.add.at(rows[step], batch.rows, 1)
     result["rows"] = runtime.sum(torch.from_numpy(rows)).numpy()
     rates: list[list[float]] = []

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from toolkit.data.batches import make_batch
+from toolkit.data.batches import Batch, make_batch
 from toolkit.data.steps import cost, deal, runs_within
-from toolkit.engine.loop import Progress, Trainer, Wants, micro_batches, summed_loss, train_step
+from toolkit.engine.loop import Progress, Trainer, Wants, deal_slots, summed_loss, train_step
 
 FLOAT = 4
 SAMPLE_STEPS = 20
@@ -100,7 +100,7 @@ def activations(trainer: Trainer) -> Activations:
     points = []
     for rows in (trainer.stream.batch_size, max(1, trainer.stream.batch_size // 4)):
         slots = trainer.stream.slots(0)[:rows]
-        batch = micro_batches(trainer, Progress(), slots)[0]
+        batch = deal_slots(trainer, slots)[0]
         kept = saved_bytes(partial(summed_loss, trainer, batch), trainer.model.parameters())
         points.append((batch.computed_tokens, kept))
     (many, much), (few, little) = points
@@ -189,11 +189,12 @@ def _run_steps(trainer: Trainer, batch_size: int) -> tuple[float, float, float]:
     _forget_peak(trainer.runtime.device)
     trainer.model.train()
     progress, seconds, before = Progress(), [], 0.0
+    ahead: list[Batch] = []
     for step in range(WARM_STEPS + TIMED_STEPS):
         if step == WARM_STEPS:
             before = progress.recent.computed_tokens
         started = time.perf_counter()
-        train_step(smaller, progress, Wants())
+        ahead = train_step(smaller, progress, Wants(), ahead).ahead
         seconds.append(time.perf_counter() - started)
     tokens = (progress.recent.computed_tokens - before) / TIMED_STEPS
     return tokens, statistics.median(seconds[WARM_STEPS:]), _peak_bytes(trainer.runtime.device)

@@ -50,7 +50,7 @@ def evaluate(
     """
     started, was_training = time.monotonic(), model.training
     model.eval()
-    scores, seen = torch.zeros(len(split)), torch.zeros(len(split), dtype=torch.int32)
+    rows_seen, found = [np.zeros(0, np.int64)], [torch.zeros(0, device=runtime.device)]
     loss_sum = torch.zeros((), dtype=torch.float64, device=runtime.device)
     shape = {"padded": padded, "few_shapes": few_shapes}
     for batch in evaluation_batches(
@@ -62,11 +62,13 @@ def evaluate(
             raise Preempted
         logits_RC = model(**runtime.inputs(batch)).logits[: len(batch.rows)].float()
         loss_sum += functional.cross_entropy(logits_RC, runtime.labels(batch), reduction="sum")
-        scores[batch.rows] = logits_RC.softmax(dim=-1)[:, 1].cpu()
-        seen.index_add_(
-            0, torch.from_numpy(batch.rows), torch.ones(len(batch.rows), dtype=torch.int32)
-        )
+        rows_seen.append(batch.rows)
+        found.append(logits_RC.softmax(dim=-1)[:, 1])
     model.train(was_training)
+    rows = torch.from_numpy(np.concatenate(rows_seen))
+    seen = torch.bincount(rows, minlength=len(split))
+    scores = torch.zeros(len(split))
+    scores[rows] = torch.cat(found).cpu()  # until here the host does not wait for a device
     loss_sum = runtime.sum(loss_sum)
     scores, seen = runtime.sum(scores).cpu(), runtime.sum(seen).cpu()
     if not bool((seen == 1).all()):

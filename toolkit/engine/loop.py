@@ -7,7 +7,7 @@ dropout and rate; ranks and micro-batches only share the work. So weights, AdamW
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,12 +113,27 @@ class Hooks:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What all ranks know of a step that is done."""
+class Sums:
+    """What all ranks know of a step together; float64 on the device until it is read."""
 
+    loss_sum: float
+    tokens: float
+    computed_tokens: float
+    out_of_memory: float
+    stop: float
+    save: float
+    """The last three count ranks."""
     norm: float
-    """The gradient's norm before clipping; not finite if the step was left out."""
-    wants: Wants
+    """The gradient's before clipping, no sum; not finite if the step was left out."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A step that is done."""
+
+    sums: Sums
+    ahead: list[Batch]
+    """This rank's micro-batches of the next step; empty after the last."""
 
 
 def train(trainer: Trainer, hooks: Hooks, progress: Progress) -> Totals:
@@ -129,24 +144,26 @@ def train(trainer: Trainer, hooks: Hooks, progress: Progress) -> Totals:
         DivergedError: after more than `max_skipped` steps that could not be taken.
     """
     trainer.model.train()
+    ahead: list[Batch] = []
     while True:
         if progress.eval_due:
             evaluate_and_save(hooks, progress)
         if progress.step == trainer.stream.num_steps:
             return progress.overall
-        report = train_step(trainer, progress, hooks.wants())
+        report = train_step(trainer, progress, hooks.wants(), ahead)
+        ahead = report.ahead
         _refuse_divergence(trainer, progress)
         if progress.step % trainer.spec.log_every == 0 or progress.step == trainer.stream.num_steps:
             trainer.runtime.phases.enter("log")
-            hooks.on_log(progress.step, _figures(trainer, progress, report.norm))
+            hooks.on_log(progress.step, _figures(trainer, progress, report.sums.norm))
             _add(progress.overall, progress.recent)
             progress.recent = Totals()
         hooks.on_step(progress.step)
         progress.eval_due = _evaluation_is_due(trainer, progress.step)
-        if report.wants.stop:
+        if report.sums.stop:
             hooks.on_save(progress)
             raise Preempted(progress.step)
-        if report.wants.save and not progress.eval_due:
+        if report.sums.save and not progress.eval_due:
             hooks.on_save(progress)
 
 
@@ -161,41 +178,57 @@ def evaluate_and_save(hooks: Hooks, progress: Progress) -> None:
     hooks.on_save(progress)
 
 
-def train_step(trainer: Trainer, progress: Progress, wants: Wants) -> Report:
+def train_step(
+    trainer: Trainer, progress: Progress, wants: Wants, ahead: Sequence[Batch] = ()
+) -> Report:
     """Take the next step, on all ranks, in smaller micro-batches if it does not fit into memory.
+
+    The host hands a step to the device, deals the next one, and only then waits to read what came out.
+
+    Args:
+        trainer: what to work on.
+        progress: is moved on by one step.
+        wants: of this rank.
+        ahead: the micro-batches, if the step before has dealt them.
 
     Raises:
         OutOfMemoryError: when single reviews do not fit.
     """
     started = time.monotonic()
-    factor = rate_factor(progress.step, trainer.stream.num_steps, trainer.optim)
-    set_rates(trainer.optimizer, factor)
-    slots = trainer.stream.slots(progress.step)
+    runtime, step = trainer.runtime, progress.step
+    set_rates(trainer.optimizer, rate_factor(step, trainer.stream.num_steps, trainer.optim))
+    rows = len(trainer.stream.slots(step))
     while True:
-        batches = micro_batches(trainer, progress, slots)
-        sums = add_gradients(trainer, batches, len(slots), wants)
-        trainer.runtime.phases.enter("optimizer")
-        norm = trainer.runtime.step()
-        if not sums["out_of_memory"]:
+        runtime.phases.enter("data", step + 1)
+        runtime.seed_step(trainer.spec.seed, step)
+        batches = ahead or micro_batches(trainer, step, progress.split)
+        on_device = add_gradients(trainer, batches, rows, wants)
+        runtime.phases.enter("optimizer")
+        norm = runtime.step()
+        ahead = micro_batches(trainer, step + 1, progress.split)
+        sums = Sums(*torch.cat([on_device, norm.double().reshape(1)]).tolist())
+        if not sums.out_of_memory:
             break
-        _cut_smaller(trainer, progress, len(batches), len(slots))
-    totals = progress.recent
-    if math.isfinite(norm):
-        totals.rows += len(slots)
-        totals.loss_sum += sums["loss_sum"]
+        _cut_smaller(trainer, progress, len(batches), rows)
+        ahead = ()
+    _count(progress.recent, sums, rows, time.monotonic() - started)
+    progress.step += 1
+    return Report(sums, list(ahead))
+
+
+def _count(totals: Totals, sums: Sums, rows: int, seconds: float) -> None:
+    if math.isfinite(sums.norm):
+        totals.rows += rows
+        totals.loss_sum += sums.loss_sum
     else:
         totals.skipped += 1
-    totals.tokens += sums["tokens"]
-    totals.computed_tokens += sums["computed_tokens"]
-    totals.seconds += time.monotonic() - started
-    progress.step += 1
-    return Report(norm, Wants(stop=sums["stop"] > 0, save=sums["save"] > 0))
+    totals.tokens += sums.tokens
+    totals.computed_tokens += sums.computed_tokens
+    totals.seconds += seconds
 
 
-def add_gradients(
-    trainer: Trainer, batches: list[Batch], rows: int, wants: Wants
-) -> dict[str, float]:
-    """Compute the gradient of a step and return what the ranks know of it together.
+def add_gradients(trainer: Trainer, batches: Sequence[Batch], rows: int, wants: Wants) -> Tensor:
+    """Compute the gradient of a step; return the first six of `Sums`, on the device.
 
     A rank that runs out of memory keeps the others company, with stand-ins whose gradient is NaN,
     until all have learnt of it: so no rank waits in vain, and none takes the step.
@@ -209,17 +242,9 @@ def add_gradients(
                 failed = not _add_gradient(trainer, batch, rows, loss_sum)
             if failed:
                 runtime.spoil(lambda model: stand_in_loss(trainer, model))
-    # with the norm the only points of a step where the host waits for the device
-    return runtime.sums(
-        {
-            "loss_sum": loss_sum,
-            "tokens": sum(batch.tokens for batch in batches),
-            "computed_tokens": sum(batch.computed_tokens for batch in batches),
-            "out_of_memory": failed,
-            "stop": wants.stop,
-            "save": wants.save,
-        }
-    )
+    tokens = sum(batch.tokens for batch in batches)
+    computed_tokens = sum(batch.computed_tokens for batch in batches)
+    return runtime.sums(loss_sum, tokens, computed_tokens, failed, wants.stop, wants.save)
 
 
 def _add_gradient(trainer: Trainer, batch: Batch, rows: int, loss_total: Tensor) -> bool:
@@ -254,17 +279,21 @@ def _cut_smaller(trainer: Trainer, progress: Progress, micro_batches: int, rows:
         )
 
 
-def micro_batches(trainer: Trainer, progress: Progress, slots: np.ndarray) -> list[Batch]:
-    """Return this rank's share of the step that owns these slots."""
+def micro_batches(trainer: Trainer, step: int, split: int = 1) -> list[Batch]:
+    """Return this rank's share of a step, every micro-batch cut into `split`; [] after the last step."""
+    slots = trainer.stream.slots(step)
+    return deal_slots(trainer, slots, split) if len(slots) else []
+
+
+def deal_slots(trainer: Trainer, slots: np.ndarray, split: int = 1) -> list[Batch]:
+    """Return this rank's share of the rows in these slots."""
     spec = trainer.spec
-    trainer.runtime.phases.enter("data", progress.step + 1)
-    trainer.runtime.seed_step(spec.seed, progress.step)
     rows = trainer.stream.rows(slots)
     dealt = deal(
         trainer.train.lengths(rows),
         trainer.runtime.world_size,
-        grad_accum=spec.grad_accum * progress.split,
-        max_tokens=spec.max_tokens and max(1, spec.max_tokens // progress.split),
+        grad_accum=spec.grad_accum * split,
+        max_tokens=spec.max_tokens and max(1, spec.max_tokens // split),
         padded=trainer.padded,
     )
     keys = hash64(key64("dropout", spec.seed), slots)

@@ -15,6 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import WandBTracker
@@ -139,7 +140,7 @@ class Runtime:
         """Return a micro-batch's labels (R,) on this process's device."""
         return self._tensor(batch.labels)
 
-    def _tensor(self, array: Any) -> Tensor:
+    def _tensor(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
         if self.device.type == "cuda":  # from pinned memory a copy does not hold up the host
             tensor = tensor.pin_memory()
@@ -193,11 +194,12 @@ class Runtime:
             return torch.cuda.max_memory_allocated(self.device)
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    def step(self) -> float:
+    def step(self) -> Tensor:
         """Clip and apply the gradient, unless it is not finite, and forget it.
 
         Returns:
-            The gradient's norm before clipping, the same on all ranks; not finite if not applied.
+            The gradient's norm before clipping, the same on all ranks; not finite if not applied. It is
+            on the device, which may still be busy with it.
         """
         return self.strategy.step()
 
@@ -272,11 +274,10 @@ class Runtime:
         """Sum a tensor over the ranks."""
         return self.accelerator.reduce(tensor.to(self.device), reduction="sum")
 
-    def sums(self, values: dict[str, Any]) -> dict[str, float]:
-        """Sum numbers over the ranks, in one message."""
-        parts = [torch.as_tensor(value, dtype=torch.float64) for value in values.values()]
-        totals = self.sum(torch.stack([part.to(self.device) for part in parts]))
-        return dict(zip(values, totals.tolist(), strict=True))
+    def sums(self, on_device: Tensor, *numbers: float) -> Tensor:
+        """Sum one number of the device's and others over the ranks, in one message, without waiting."""
+        others = self._tensor(np.array(numbers, dtype=np.float64))
+        return self.sum(torch.cat([on_device.reshape(1), others]))
 
     def any(self, flag: bool) -> bool:
         """Tell whether the flag is set on any rank."""

@@ -80,13 +80,14 @@ class Zero:
         """Add a loss's gradient. Not through Accelerate, whose `backward` updates as well."""
         self.model.backward(loss)
 
-    def step(self) -> float:
+    def step(self) -> Tensor:
         """Clip, update if the norm is finite, forget the gradient; return the norm before clipping.
 
         DeepSpeed itself leaves an fp32 update out, on all ranks, when the norm is not finite.
         """
         self.model.step()
-        return math.inf if self.zero.overflow else float(self.model.get_global_grad_norm())
+        norm = math.inf if self.zero.overflow else self.model.get_global_grad_norm()
+        return torch.as_tensor(norm, device=self.model.device)
 
     def warmed_up(self) -> None:
         """Let stages 1 and 2 find the moments of every parameter group.

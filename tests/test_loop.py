@@ -1,0 +1,142 @@
+"""One step: what it updates, what it deals ahead, and that the host does not wait in the middle of it."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.kernels import kernel_of_ours
+from tests.tiny import build_cache
+from toolkit.config import RunConfig, part
+from toolkit.data.cache import TokenSplit
+from toolkit.data.prepare import DataSpec
+from toolkit.data.steps import Stream
+from toolkit.engine.loop import (
+    LoopSpec,
+    Progress,
+    Trainer,
+    Wants,
+    add_gradients,
+    micro_batches,
+    train_step,
+)
+from toolkit.engine.optim import OptimSpec, build_optimizer
+from toolkit.engine.runtime import Runtime
+from toolkit.model import attention
+from toolkit.model.classifier import ClassifierSpec, build_classifier
+
+WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")
+
+
+@pytest.fixture(scope="module")
+def split(tiny_data: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("cache")
+    return build_cache(DataSpec(str(tiny_data)), tiny_encoder, folder).splits["train"]
+
+
+def make_trainer(split: TokenSplit, encoder: Path, **settings: Any) -> Trainer:
+    config = replace(RunConfig(batch_size=16, precision="fp32", max_steps=3), **settings)
+    runtime = Runtime(config.precision, 1)
+    model, _ = build_classifier(part(ClassifierSpec, config), encoder, ("neg", "pos"))
+    optim = part(OptimSpec, config)
+    prepared, optimizer = runtime.prepare(
+        model, build_optimizer(model, optim), max_norm=config.max_grad_norm
+    )
+    prepared.train()
+    stream = part(Stream, config, num_rows=len(split))
+    padded = config.batching == "padded"
+    return Trainer(
+        runtime, prepared, optimizer, split, stream, padded, part(LoopSpec, config), optim
+    )
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what makes the host wait for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen += 1
+        assert func._schema.name not in WAITS, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_does_not_wait_within_a_step(
+    split, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the first micro-batch to the update. (Padded, stock BERT looks at its mask once.)"""
+    monkeypatch.setattr(attention, "has_varlen", lambda query: True)
+    kernel_of_ours()
+    trainer = make_trainer(split, tiny_encoder, grad_accum=2)
+    batches = micro_batches(trainer, 0)
+    assert len(batches) == 2
+    with NoWaiting() as mode:
+        sums = add_gradients(trainer, batches, 16, Wants())
+        norm = trainer.runtime.step()
+    assert mode.seen > 300
+    assert sums.tolist()[1:] == [
+        sum(batch.tokens for batch in batches),
+        *sums.tolist()[2:3],
+        0,
+        0,
+        0,
+    ]
+    assert norm.item() > 0
+    with NoWaiting(), pytest.raises(AssertionError, match="waits for the device"):
+        norm.item()
+
+
+@pytest.mark.parametrize("max_norm", [0.05, 1e6, float("inf")])
+def test_an_update_is_torchs(max_norm: float, split, tiny_encoder: Path) -> None:
+    """Clipped within the update, as by `clip_grad_norm_` before it."""
+    trainer = make_trainer(split, tiny_encoder, max_grad_norm=max_norm)
+    model = trainer.runtime.unwrap(trainer.model)
+    add_gradients(trainer, micro_batches(trainer, 0), 16, Wants())
+    theirs = copy.deepcopy(model)
+    for mine, other in zip(model.parameters(), theirs.parameters(), strict=True):
+        other.grad = mine.grad.clone()
+    optimizer = build_optimizer(theirs, trainer.optim)
+    expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_norm)
+    optimizer.step()
+    assert trainer.runtime.step() == expected
+    for mine, other in zip(model.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-8)
+        assert mine.grad is None
+    assert trainer.runtime.updates() == 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_update_that_is_not_finite_is_left_out(bad: float, split, tiny_encoder: Path) -> None:
+    trainer = make_trainer(split, tiny_encoder)
+    train_step(trainer, Progress(), Wants())
+    before = {name: copy.deepcopy(state) for name, state in trainer.runtime.state()}
+    add_gradients(trainer, micro_batches(trainer, 1), 16, Wants())
+    next(trainer.model.parameters()).grad[0, 0] = bad
+    assert not trainer.runtime.step().isfinite()
+    assert trainer.runtime.updates() == 1
+    for name, state in trainer.runtime.state():
+        assert torch.equal(state.weight, before[name].weight)
+        assert all(
+            torch.equal(state.moments[key], before[name].moments[key]) for key in state.moments
+        )
+
+
+def test_a_step_deals_the_next(split, tiny_encoder: Path) -> None:
+    """The same micro-batches as without, and none after the last step."""
+    trainer = make_trainer(split, tiny_encoder, grad_accum=3)
+    progress, ahead = Progress(), []
+    for step in range(3):
+        ahead = train_step(trainer, progress, Wants(), ahead).ahead
+        expected = micro_batches(trainer, step + 1)
+        assert len(ahead) == len(expected) == (3 if step < 2 else 0)
+        for batch, same in zip(ahead, expected, strict=True):
+            assert np.array_equal(batch.rows, same.rows)
+            assert np.array_equal(batch.input_ids, same.input_ids)
+            assert np.array_equal(batch.dropout_keys, same.dropout_keys)
