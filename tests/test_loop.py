@@ -29,6 +29,7 @@ from toolkit.engine.optim import OptimSpec, build_optimizer
 from toolkit.engine.runtime import Runtime
 from toolkit.model import attention
 from toolkit.model.classifier import ClassifierSpec, build_classifier
+from toolkit.run import training_tokens
 
 WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")
 
@@ -140,3 +141,19 @@ def test_a_step_deals_the_next(split, tiny_encoder: Path) -> None:
             assert np.array_equal(batch.rows, same.rows)
             assert np.array_equal(batch.input_ids, same.input_ids)
             assert np.array_equal(batch.dropout_keys, same.dropout_keys)
+
+
+@pytest.mark.parametrize(
+    ("said", "device", "expected"),
+    [
+        ({}, "cpu", 8192),
+        ({}, "cuda", None),
+        ({"max_tokens": 999}, "cpu", 999),
+        ({"max_tokens": 999}, "cuda", 999),
+        ({"grad_accum": 2}, "cpu", None),
+    ],
+)
+def test_tokens_of_a_micro_batch(said: dict[str, int], device: str, expected: int | None) -> None:
+    runtime = Runtime("fp32", 1)
+    runtime.device = torch.device(device)
+    assert training_tokens(replace(RunConfig(), **said), runtime) == expected

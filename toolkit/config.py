@@ -115,7 +115,8 @@ class RunConfig:
     grad_accum: int = option(1, "[1, inf)")
     """Micro-batches that each rank runs per optimizer step."""
     max_tokens: int | None = option(None, "[4, inf)")
-    """Set the number of micro-batches of each step so that none exceeds this many tokens."""
+    """Set the number of micro-batches of each step so that none exceeds this many tokens; null means
+    `grad_accum` does, and on a CPU 8192 if that is 1."""
     epochs: float = option(3.0, "(0, inf)")
     """Passes over the training rows."""
     max_steps: int | None = option(None, "[1, inf)")
