@@ -13,7 +13,7 @@ from transformers import BertForSequenceClassification, BertModel
 
 from tests.kernels import attend_by_hand, kernel_of_ours
 from tests.tiny import build_cache
-from toolkit.data.batches import Batch, _fill_up, evaluation_batches, make_batch
+from toolkit.data.batches import Batch, _pack, evaluation_batches, make_batch
 from toolkit.data.prepare import DataSpec
 from toolkit.data.steps import cost
 from toolkit.engine.runtime import Runtime
@@ -231,41 +231,41 @@ def test_evaluation_batches_cover_the_split(split, padded: bool, world_size: int
 def test_the_gpus_path_is_the_cpus(
     split, runtime: Runtime, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Packed in one call for all sequences, filled up or not: logits and gradients."""
+    """In one call for all sequences, or one for each: logits and gradients."""
     model, _ = build_classifier(ClassifierSpec(dropout=0.3), tiny_encoder, NAMES)
     model.train()
     rows, keys = np.arange(3, 20), np.arange(17, dtype=np.uint64) * np.uint64(977)
     batch = make_batch(split, rows, padded=False, slot_keys=keys)
-    full = make_batch(split, rows, padded=False, slot_keys=keys, few_shapes=True)
-    assert full.computed_tokens > batch.computed_tokens
+    assert batch.computed_tokens > batch.tokens, "there is filling, too"
     expected = logits_and_gradient(model, runtime, batch)
-    model.zero_grad()
-    filled = logits_and_gradient(model, runtime, full)
     monkeypatch.setattr(attention, "has_varlen", lambda query: True)
     monkeypatch.setattr(attention, "varlen_attn", attend_by_hand)
-    for found in (filled, *(logits_and_gradient(model, runtime, b) for b in (batch, full))):
-        assert relative(found[0], expected[0]) < 1e-5
-        assert relative(found[1], expected[1]) < 1e-5
+    found = logits_and_gradient(model, runtime, batch)
+    assert relative(found[0], expected[0]) < 1e-5
+    assert relative(found[1], expected[1]) < 1e-5
 
 
 @pytest.mark.parametrize("longest", [2, 7, 250])
-def test_filling_up_keeps_what_is_there(longest: int) -> None:
-    """Few shapes, little filling, no sequence too long; the first tokens and sequences as they were."""
+def test_packs_have_few_sizes(longest: int) -> None:
+    """Few shapes, little filling, no sequence too long; the first tokens and sequences as they are."""
     dice = np.random.default_rng(longest)
     shapes, shares = set(), []
     for _ in range(400):
         lengths = dice.integers(1, longest + 1, size=32)
-        bounds = np.append(0, np.cumsum(lengths)).astype(np.int32)
-        tokens = np.arange(bounds[-1])
-        wider, (filled,) = _fill_up(bounds, (tokens,), longest)
-        assert (filled[: len(tokens)] == tokens).all()
-        assert (wider[: len(bounds)] == bounds).all()
-        gaps = np.diff(wider)
+        ends = np.cumsum(lengths)
+        tokens = np.arange(ends[-1])
+        pack = _pack(lengths, tokens, tokens, tokens.astype(np.int32), longest)
+        for name in ("input_ids", "position_ids", "dropout_keys"):
+            assert (pack[name][0, : len(tokens)] == tokens).all()
+            assert not pack[name][0, len(tokens) :].any()
+        bounds, total = pack["bounds"], pack["input_ids"].size
+        assert (bounds[: len(lengths) + 1] == np.append(0, ends)).all()
+        gaps = np.diff(bounds)
         assert gaps.min() >= 0
         assert gaps.max() <= longest
-        assert wider[-1] == len(filled)
-        shapes.add((len(filled), len(wider)))
-        shares.append(len(tokens) / len(filled))
+        assert bounds[-1] == total
+        shapes.add((total, len(bounds)))
+        shares.append(len(tokens) / total)
     assert len(shapes) <= 16
     assert len(shapes) < 8 or np.mean(shares) > 0.95
 
@@ -283,10 +283,7 @@ def test_the_gpus_path_compiles_whole(
     numbers = [
         np.arange(first, first + size) for first, size in ((0, 30), (9, 40), (3, 60), (7, 52))
     ]
-    batches = [
-        make_batch(split, rows, rows.astype(np.uint64), padded=False, few_shapes=True)
-        for rows in numbers
-    ]
+    batches = [make_batch(split, rows, rows.astype(np.uint64), padded=False) for rows in numbers]
     assert len({batch.computed_tokens for batch in batches}) == 4
     expected = [logits_and_gradient(model, runtime, batch) for batch in batches]
     counter = CompileCounterWithBackend("aot_eager")

@@ -113,7 +113,6 @@ def make_trainer(
         padded=padded,
         spec=part(LoopSpec, config, max_tokens=training_tokens(config, runtime)),
         optim=optim,
-        few_shapes=config.compile,
     )
     runtime.warm_up(lambda model: stand_in_loss(trainer, model))
     return trainer
@@ -345,7 +344,6 @@ class Run:
             self.tokens.splits[split],
             max_tokens=evaluation_tokens(self.config, self.runtime),
             padded=self.padded,
-            few_shapes=self.config.compile,
             wants_stop=lambda: self.stop.requested,
         )
 

@@ -3,14 +3,15 @@
 Shapes: T tokens of a packed micro-batch, S sequences in it, L longest of them, R rows with a label.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from toolkit.data.cache import TokenSplit
 from toolkit.data.hashing import hash64
-from toolkit.data.steps import runs_within
+from toolkit.data.steps import filled, runs_within, unit
 
 NO_ROWS = np.zeros(0, dtype=np.int64)
 STAND_IN = np.arange(2)
@@ -18,8 +19,6 @@ STAND_IN = np.arange(2)
 
 Two, because the embedding of the padding token, which may be one of them, has no gradient.
 """
-MIN_UNIT = 64
-"""Tokens: matrix units want multiples of this."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Batch:
     attention_mask: np.ndarray | None
     """(S, L) 1 on tokens, 0 on padding. None if packed."""
     labels: np.ndarray
-    """(R,) int64; R is S, or 0 for a stand-in."""
+    """(R,) int64, of the first R sequences; the rest are filling, or a stand-in."""
     rows: np.ndarray
     """(R,) rows of the split."""
     tokens: int
@@ -47,7 +46,7 @@ class Batch:
 
     @property
     def computed_tokens(self) -> int:
-        """Tokens and padding that go through the encoder."""
+        """Tokens, filling and padding that go through the encoder."""
         return self.input_ids.size
 
 
@@ -57,7 +56,6 @@ def make_batch(
     slot_keys: np.ndarray | None = None,
     *,
     padded: bool,
-    few_shapes: bool = False,
 ) -> Batch:
     """Gather rows into one micro-batch.
 
@@ -66,7 +64,6 @@ def make_batch(
         rows: (R,) rows of the split; may be empty.
         slot_keys: (R,) uint64, what dropout on each row depends on; None when there is no dropout.
         padded: make a rectangle instead of one packed row.
-        few_shapes: fill a packed row up to one of few sizes, see `_fill_up`.
     """
     labels = split.labels[rows].astype(np.int64)
     if len(rows):
@@ -80,24 +77,9 @@ def make_batch(
     keys = _token_keys(slot_keys, lengths, positions)
     counted = int(lengths.sum()) if len(rows) else 0
     longest = max(split.longest, len(STAND_IN))
-    if not padded:
-        bounds = np.append(starts, len(tokens)).astype(np.int32)
-        if few_shapes:
-            bounds, (tokens, positions, keys) = _fill_up(bounds, (tokens, positions, keys), longest)
-        arrays = tokens[None], positions[None], keys[None], bounds
-        return Batch(*arrays, None, labels, rows, counted, longest)
-    mask = np.arange(lengths.max()) < lengths[:, None]
-    return Batch(
-        _fill(mask, tokens),
-        _fill(mask, positions),
-        _fill(mask, keys),
-        None,
-        mask.astype(np.int64),
-        labels,
-        rows,
-        counted,
-        longest,
-    )
+    arrays = tokens, positions, keys
+    laid_out = _pad(lengths, *arrays) if padded else _pack(lengths, *arrays, longest)
+    return Batch(**laid_out, labels=labels, rows=rows, tokens=counted, longest=longest)
 
 
 def _token_keys(
@@ -110,30 +92,47 @@ def _token_keys(
     return (mixed >> np.uint64(32)).astype(np.uint32).view(np.int32)
 
 
-def _fill(mask_SL: np.ndarray, values_T: np.ndarray) -> np.ndarray:
+def _pad(
+    lengths: np.ndarray, tokens: np.ndarray, positions: np.ndarray, keys: np.ndarray
+) -> dict[str, Any]:
+    mask_SL = np.arange(lengths.max()) < lengths[:, None]
+    return {
+        "input_ids": _rectangle(mask_SL, tokens),
+        "position_ids": _rectangle(mask_SL, positions),
+        "dropout_keys": _rectangle(mask_SL, keys),
+        "bounds": None,
+        "attention_mask": mask_SL.astype(np.int64),
+    }
+
+
+def _rectangle(mask_SL: np.ndarray, values_T: np.ndarray) -> np.ndarray:
     rectangle = np.zeros(mask_SL.shape, values_T.dtype)
     rectangle[mask_SL] = values_T
     return rectangle
 
 
-def _fill_up(
-    bounds: np.ndarray, arrays: Sequence[np.ndarray], longest: int
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Add tokens and sequences without a label, so that a compiled model meets few shapes.
+def _pack(
+    lengths: np.ndarray, tokens: np.ndarray, positions: np.ndarray, keys: np.ndarray, longest: int
+) -> dict[str, Any]:
+    """Lay sequences one after the other, and fill up to one of few sizes.
 
-    A captured CUDA graph serves one shape. Tokens are rounded up to a multiple of a power of two, at most
-    a sixteenth of their number if there are a thousand (3 % of filling on average); the filling is cut
-    into sequences like any others, because a kernel may rely on `longest`, and empty ones, which cost
-    next to nothing, make up the rest of the bounds, a power of two again.
+    The filling, 3 % on average, is cut into sequences like any others, because a kernel may rely on
+    `longest`; empty ones, which cost next to nothing, make up the rest of the bounds, to a power of two.
     """
-    tokens = int(bounds[-1])
-    unit = max(MIN_UNIT, 1 << max(0, (tokens // 16).bit_length() - 1))
-    filled = -(-tokens // unit) * unit
-    cuts = np.minimum(np.arange(tokens + longest, filled + longest, longest), filled)
-    slots = 1 << (len(bounds) + -(-unit // longest)).bit_length()
-    rest = np.full(slots + 1 - len(bounds) - len(cuts), filled)
-    wider = [np.pad(array, (0, filled - tokens)) for array in arrays]
-    return np.concatenate([bounds, cuts, rest]).astype(np.int32), wider
+    used, total = len(tokens), filled(len(tokens))
+    ends = np.cumsum(lengths)
+    cuts = np.minimum(np.arange(used + longest, total + longest, longest), total)
+    slots = 1 << (1 + len(lengths) + -(-unit(used) // longest)).bit_length()
+    bounds = np.full(slots + 1, total, np.int32)
+    bounds[: 1 + len(ends) + len(cuts)] = np.concatenate([[0], ends, cuts])
+    rest = (0, total - used)
+    return {
+        "input_ids": np.pad(tokens, rest)[None],
+        "position_ids": np.pad(positions, rest)[None],
+        "dropout_keys": np.pad(keys, rest)[None],
+        "bounds": bounds,
+        "attention_mask": None,
+    }
 
 
 def evaluation_batches(
@@ -143,7 +142,6 @@ def evaluation_batches(
     *,
     max_tokens: int,
     padded: bool,
-    few_shapes: bool = False,
 ) -> Iterator[Batch]:
     """Yield a rank's share of one pass over a split, each row on exactly one rank.
 
@@ -157,4 +155,4 @@ def evaluation_batches(
     ]
     groups += [order[:0]] * (-len(groups) % world_size)
     for group in groups[rank::world_size]:
-        yield make_batch(split, group, padded=padded, few_shapes=few_shapes)
+        yield make_batch(split, group, padded=padded)

@@ -38,7 +38,6 @@ def evaluate(
     *,
     max_tokens: int,
     padded: bool,
-    few_shapes: bool = False,
     wants_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Score every row of a split exactly once; all ranks get the whole result.
@@ -52,9 +51,8 @@ def evaluate(
     model.eval()
     rows_seen, found = [np.zeros(0, np.int64)], [torch.zeros(0, device=runtime.device)]
     loss_sum = torch.zeros((), dtype=torch.float64, device=runtime.device)
-    shape = {"padded": padded, "few_shapes": few_shapes}
     for batch in evaluation_batches(
-        split, runtime.rank, runtime.world_size, max_tokens=max_tokens, **shape
+        split, runtime.rank, runtime.world_size, max_tokens=max_tokens, padded=padded
     ):
         runtime.phases.enter("evaluate")
         if runtime.any(wants_stop()):

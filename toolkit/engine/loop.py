@@ -50,8 +50,6 @@ class Trainer:
     padded: bool
     spec: LoopSpec
     optim: OptimSpec
-    few_shapes: bool = False
-    """Fill packs up to few sizes, for a compiled model."""
 
 
 @dataclass
@@ -301,8 +299,7 @@ def deal_slots(trainer: Trainer, slots: np.ndarray, split: int = 1) -> list[Batc
 
 
 def _batch(trainer: Trainer, rows: np.ndarray, keys: np.ndarray | None = None) -> Batch:
-    shapes: Any = {"padded": trainer.padded, "few_shapes": trainer.few_shapes}
-    return make_batch(trainer.train, rows, keys, **shapes)
+    return make_batch(trainer.train, rows, keys, padded=trainer.padded)
 
 
 def stand_in_loss(trainer: Trainer, model: nn.Module) -> Tensor:

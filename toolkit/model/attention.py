@@ -96,7 +96,7 @@ def _one_by_one(
     if query_1HTK.device.type == "cpu" and query_1HTK.requires_grad:
         # the CPU's backward pass in bf16 takes four times as long as in fp32 (torch 2.13, NOTES.md)
         inputs = [x.float() for x in inputs]
-    sizes = bounds.diff().tolist()
+    sizes = [size for size in bounds.diff().tolist() if size]  # empty ones are filling
     # autocast would undo that, and there is nothing else here for it to do
     with torch.autocast(query_1HTK.device.type, enabled=False):
         outputs = [
