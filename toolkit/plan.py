@@ -199,9 +199,9 @@ def _row(ground: Ground, launch: str, kind: "Kind", ranks: int) -> Row:
     tokens, share = (work.total, ranks) if ground.on_cpu else (work.busiest, 1)
     seconds = ground.rates.fixed * share + ground.rates.per_token * tokens
     sent = estimate.communication_bytes(kind, ground.parameters, ranks) / ground.link
-    # on a CPU, what a rank copies to write its part of a checkpoint is there, too
-    copy = 3 * estimate.FLOAT * ground.parameters / ranks if ground.on_cpu else 0
-    busy = max(ground.kept.of(work.largest), ground.scoring) + copy
+    # on a CPU the best model is read beside the last one, to score the test set
+    best = estimate.FLOAT * ground.parameters if ground.on_cpu else 0
+    busy = max(ground.kept.of(work.largest), ground.scoring) + best
     return Row(launch, ranks, ground.base + state + busy, fits, seconds + sent)
 
 
