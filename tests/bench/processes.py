@@ -1,9 +1,10 @@
-"""Are two gloo processes on two cores as fast as one process with two threads?
+"""What does it cost to share a step between two gloo processes on this machine's cores?
 
     python -m tests.bench.processes --repeats 5 --batch_sizes 16 64
+    python -m tests.bench.processes --repeats 3 --batch_sizes 64 --launches cpu2 zero1 zero2 zero3
 
-The same runs as in `tests.bench`, in turns. `ratio` is reviews/s in steps of two processes over those
-of one.
+The same runs as in `tests.bench`, in turns. Ratios are of reviews/s in steps, over one process with all
+threads.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from tests.bench.__main__ import flags_of, prepare_encoder, shared_parser
 from tests.bench.overhead import spread
@@ -20,10 +22,11 @@ from toolkit.config import RunConfig, cache_dir
 from toolkit.console import say
 
 
-def rate(processes: int, options: argparse.Namespace) -> float:
-    """Train; return reviews/s in the steps after the first quarter."""
+def rate(launch: str, options: argparse.Namespace) -> float:
+    """Train under a launch config; return reviews/s in the steps after the first quarter."""
+    processes = 1 if launch == "cpu" else 2
     flags = [*flags_of(options), f"--cpu_threads={options.threads // processes}"]
-    run_for_peak(*launcher(processes), TRAIN, *flags)
+    run_for_peak(*launcher(processes, launch), TRAIN, *flags)
     journal = options.folder / "runs" / "ours" / "metrics.jsonl"
     rows = [json.loads(line) for line in journal.read_text().splitlines()]
     rates = [row["train/reviews_per_s"] for row in rows if row["kind"] == "train"]
@@ -36,21 +39,22 @@ def main() -> None:
     parser = shared_parser()
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--launches", nargs="+", default=["cpu2"], help="files in launch/")
     options = parser.parse_args()
-    os.environ["ACCELERATE_USE_CPU"] = "true"
+    if options.launches == ["cpu2"]:
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # it would turn DeepSpeed off
     with tempfile.TemporaryDirectory() as scratch:
         options.folder = Path(scratch)
         prepare_encoder(options)
         write_hub_folder(cache_dir(RunConfig()), options.folder / "hub", options.rows + 2, 16)
         for batch_size in options.batch_sizes:
             options.batch_size = batch_size
-            turns = [(rate(1, options), rate(2, options)) for _ in range(options.repeats)]
-            shown = {
-                "batch_size": batch_size,
-                "one": spread([one for one, _ in turns]),
-                "two": spread([two for _, two in turns]),
-                "ratio": spread([two / one for one, two in turns]),
-            }
+            names = ["cpu", *options.launches]
+            turns = [{name: rate(name, options) for name in names} for _ in range(options.repeats)]
+            shown: dict[str, Any] = {"batch_size": batch_size}
+            shown["cpu"] = spread([turn["cpu"] for turn in turns])
+            for name in options.launches:
+                shown[name] = spread([turn[name] / turn["cpu"] for turn in turns])
             say(json.dumps(shown))
 
 
