@@ -38,12 +38,13 @@ def test_state_of_each_distribution() -> None:
     }
     assert four == {
         "replicas": 16_000,
-        "zero1": 8_000 + 12_000 / 4,
-        "zero2": 4_000 + 16_000 / 4,
-        "zero2_offload": 4_000 + 4_000 / 4,
-        "zero3": 20_000 / 4,
+        "zero1": 12_000 + 12_000 / 4,
+        "zero2": 8_000 + 16_000 / 4,
+        "zero2_offload": 8_000 + 4_000 / 4,
+        "zero3": 8_000 + 20_000 / 4,
     }
-    assert estimate.state_bytes("zero2_offload", 1000, 4, on_cpu=True) == four["zero2"]
+    assert estimate.state_bytes("zero1", 1000, 4, on_cpu=True) == 8_000 + 12_000 / 4
+    assert estimate.state_bytes("zero2_offload", 1000, 4, on_cpu=True) == 12_000 + 16_000 / 4
 
 
 def test_what_fits() -> None:

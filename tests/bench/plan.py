@@ -1,6 +1,6 @@
 """Does `toolkit plan` foresee what a run takes? Predicted over measured, for memory and for a step.
 
-python -m tests.bench.plan [BATCH_SIZE ...]       about four minutes; alone, for it takes times
+python -m tests.bench.plan [BATCH_SIZE ...]       about ten minutes; alone, for it takes times
 """
 
 import json
@@ -23,11 +23,12 @@ def planned(flags: list[str]) -> dict[str, tuple[float, float]]:
     return {name: (float(gib) * 2**30, float(step) / 1e3) for name, gib, step in found}
 
 
-def taken(processes: int, batch_size: int, flags: list[str]) -> tuple[float, float]:
+def taken(launch: str, batch_size: int, flags: list[str]) -> tuple[float, float]:
     """Train; return the same of the run: the peak of the largest process, the mean after warming up."""
     with tempfile.TemporaryDirectory() as folder:
         place = [f"--output_dir={folder}", "--run_id=run", "--track=none", "--log_every=10"]
-        peak, _ = run_for_peak(*launcher(processes), TRAIN, *flags, *place)
+        processes = 1 if launch == "cpu" else 2
+        peak, _ = run_for_peak(*launcher(processes, launch), TRAIN, *flags, *place)
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
     rates = [json.loads(line).get("train/reviews_per_s") for line in lines]
     seconds = [batch_size / rate for rate in rates if rate][1:]
@@ -36,14 +37,14 @@ def taken(processes: int, batch_size: int, flags: list[str]) -> tuple[float, flo
 
 def main() -> None:
     """Print the ratios."""
-    say("batch  launch  memory  step    (predicted / measured)")
+    say("batch  launch         memory  step    (predicted / measured)")
     for batch_size in map(int, sys.argv[1:] or ("16", "64", "256")):
         flags = [f"--batch_size={batch_size}", "--max_steps=40"]
         plan = planned(flags)
-        for processes, name in ((1, "cpu"), (2, "cpu2")):
-            size, seconds = taken(processes, batch_size, flags)
-            ratios = f"{plan[name][0] / size:>6.2f}  {plan[name][1] / seconds:>4.2f}"
-            say(f"{batch_size:>5}  {name:<6}  {ratios}")
+        for name, (size, seconds) in plan.items():
+            real_size, real_seconds = taken(name, batch_size, flags)
+            ratios = f"{size / real_size:>6.2f}  {seconds / real_seconds:>4.2f}"
+            say(f"{batch_size:>5}  {name:<13}  {ratios}")
 
 
 if __name__ == "__main__":

@@ -135,12 +135,16 @@ def state_bytes(kind: Kind, parameters: int, ranks: int, *, on_cpu: bool) -> flo
 
     AdamW's two moments, a weight and a gradient for each parameter, all fp32. DeepSpeed keeps the
     weights that it updates apart from those that it computes with (0.19.8, `bf16_optimizer` is not
-    used): stage 1 cuts those and the moments, stage 2 the gradients too, stage 3 everything.
+    used): stage 1 cuts those and the moments, stage 2 the gradients too, stage 3 everything. All gather
+    gradients in a bucket of the model's size; stage 3 keeps models of this size gathered once it has.
     """
-    whole = {"replicas": 4, "zero1": 2, "zero2": 1, "zero2_offload": 1, "zero3": 0}[kind]
+    whole = {"replicas": 4, "zero1": 3, "zero2": 2, "zero2_offload": 2, "zero3": 2}[kind]
     cut = {"replicas": 0, "zero1": 3, "zero2": 4, "zero2_offload": 1, "zero3": 5}[kind]
-    if on_cpu and kind == "zero2_offload":  # where it offloads to is the device itself
-        cut = 4
+    if (
+        on_cpu
+    ):  # as measured (NOTES.md): stage 1 never touches its bucket, others leave copies behind
+        whole += {"zero1": -1, "zero2_offload": 1, "zero3": 1}.get(kind, 0)
+        cut = 4 if kind == "zero2_offload" else cut  # it offloads to where it is
     return FLOAT * parameters * (whole + cut / ranks)
 
 

@@ -105,7 +105,9 @@ class Runtime:
         # DDP's, and DeepSpeed turns autocast from outside its engine off. So it is inside the model
         model.forward = torch.autocast(self.device.type, torch.bfloat16, bf16)(model.forward)
         if self.is_zero:
-            Zero.configure(self.accelerator.state.deepspeed_plugin.deepspeed_config, max_norm)
+            settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            count = sum(whole_shape(parameter).numel() for parameter in model.parameters())
+            Zero.configure(settings, max_norm, count)
         with warnings.catch_warnings():  # Accelerate 1.15 has no other name for it yet
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
             prepared, prepared_optimizer = self.accelerator.prepare(model, optimizer)

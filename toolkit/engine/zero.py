@@ -34,8 +34,10 @@ class Zero:
         self.ready = watch_gradients(self.plain)
 
     @staticmethod
-    def configure(settings: dict[str, Any], max_norm: float) -> None:
+    def configure(settings: dict[str, Any], max_norm: float, parameters: int) -> None:
         """Fill in DeepSpeed's settings from ours; `launcher` has refused contradictions."""
+        # what it gathers gradients in; its default, 500 million numbers, would alone be 2 GB
+        settings["zero_optimization"].setdefault("reduce_bucket_size", parameters)
         settings |= {
             # nominal: the loop deals the rows and says itself which micro-batch is the last
             "train_micro_batch_size_per_gpu": 1,
