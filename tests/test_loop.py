@@ -143,6 +143,20 @@ def test_a_step_deals_the_next(split, tiny_encoder: Path) -> None:
             assert np.array_equal(batch.dropout_keys, same.dropout_keys)
 
 
+@pytest.mark.parametrize("max_tokens", [None, 8192, 64])
+def test_smaller_micro_batches_are_smaller(
+    max_tokens: int | None, split, tiny_encoder: Path
+) -> None:
+    """What did not fit is cut at once, also where `max_tokens` would have allowed it."""
+    trainer = make_trainer(split, tiny_encoder)
+    trainer = replace(trainer, spec=replace(trainer.spec, max_tokens=max_tokens))
+    whole = micro_batches(trainer, 0)
+    cut = micro_batches(trainer, 0, 2)
+    assert len(whole) >= (3 if max_tokens == 64 else 1)
+    assert len(cut) >= 2 * len(whole)
+    assert max(b.computed_tokens for b in cut) < max(b.computed_tokens for b in whole)
+
+
 @pytest.mark.parametrize(
     ("said", "device", "expected"),
     [

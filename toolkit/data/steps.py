@@ -82,7 +82,7 @@ def deal(
         lengths: (R,) tokens of each row.
         world_size: number of ranks.
         grad_accum: micro-batches for each rank; fewer if there are not enough rows.
-        max_tokens: use instead as many micro-batches as keep each within this many tokens.
+        max_tokens: use more micro-batches if that keeps each within this many tokens.
         padded: a micro-batch costs rows x longest row, instead of the sum of its lengths, filled up.
 
     Returns:
@@ -90,9 +90,10 @@ def deal(
     """
     split = _deal_padded if padded else _deal_packed
     at_most = -(-len(lengths) // world_size)
+    micro_batches = max(1, min(grad_accum, at_most))
     if max_tokens is None:
-        return split(lengths, world_size, max(1, min(grad_accum, at_most)))
-    micro_batches = max(1, -(-int(lengths.sum()) // (world_size * max_tokens)))
+        return split(lengths, world_size, micro_batches)
+    micro_batches = max(micro_batches, -(-int(lengths.sum()) // (world_size * max_tokens)))
     while True:
         dealt = split(lengths, world_size, micro_batches)
         if micro_batches >= len(lengths) or _largest(lengths, dealt, padded) <= max_tokens:
