@@ -61,7 +61,7 @@ def test_a_run_from_start_to_end(tiny_flags: list[str], processes: int) -> None:
     assert test["test/reviews_per_s"] > 0
     last = lines(folder, "train")[-1]
     assert {"train/loss", "train/lr", "train/grad_norm_preclip", "train/reviews_per_s"} < set(last)
-    assert last["train/padding"] == 0
+    assert last["train/padding"] < 0.2, "packs are filled up, no more"
     facts = read(folder / "run.json")
     assert facts["world_size"] == processes
     assert facts["versions"]["torch"]
@@ -88,9 +88,7 @@ def test_a_compiled_run_is_the_same(tiny_flags: list[str], tmp_path: Path) -> No
         losses.append([row["train/loss"] for row in lines(folders[-1], "train")])
     assert folders[0].name == folders[1].name
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    padding = [[row["train/padding"] for row in lines(folder, "train")] for folder in folders]
-    assert set(padding[0]) == {0}
-    assert max(padding[1]) > 0, "it was compiled: packs were filled up"
+    assert losses[1] != losses[0], "it was compiled: its kernels round in another way"
 
 
 @pytest.fixture
