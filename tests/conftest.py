@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import make_data, make_encoder
+from tests.tiny import build_cache, make_data, make_encoder
+from toolkit.data.cache import TokenSplit
+from toolkit.data.prepare import DataSpec
 
 LONGEST = (
     "test_faults",
@@ -69,6 +71,15 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with train.csv (120 rows) and test.csv (41 rows)."""
     return make_data(tmp_path_factory.mktemp("tiny_data"))
+
+
+@pytest.fixture(scope="session")
+def split(
+    tiny_data: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> TokenSplit:
+    """The tokens of train.csv."""
+    folder = tmp_path_factory.mktemp("split")
+    return build_cache(DataSpec(str(tiny_data)), tiny_encoder, folder).splits["train"]
 
 
 @pytest.fixture

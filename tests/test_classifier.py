@@ -12,9 +12,7 @@ from torch.nn import functional
 from transformers import BertForSequenceClassification, BertModel
 
 from tests.kernels import attend_by_hand, kernel_of_ours
-from tests.tiny import build_cache
 from toolkit.data.batches import Batch, _pack, evaluation_batches, make_batch
-from toolkit.data.prepare import DataSpec
 from toolkit.data.steps import cost
 from toolkit.engine.runtime import Runtime
 from toolkit.errors import DataError
@@ -24,12 +22,6 @@ from toolkit.model.encoders import check_encoder, encoder_folder
 from toolkit.model.heads import HEADS, HeadOptions, build_head
 
 NAMES = ("neg", "pos")
-
-
-@pytest.fixture(scope="module")
-def split(tiny_data: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory):
-    folder = tmp_path_factory.mktemp("cache")
-    return build_cache(DataSpec(str(tiny_data)), tiny_encoder, folder).splits["train"]
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from tests.test_loop import make_trainer
-from tests.tiny import build_cache
+from tests.tiny import make_trainer
 from toolkit.config import RunConfig, part
 from toolkit.data.batches import Batch, make_batch
 from toolkit.data.cache import TokenSplit
-from toolkit.data.prepare import DataSpec
 from toolkit.engine.loop import Progress, Wants, add_gradients, micro_batches, train_step
 from toolkit.engine.runtime import Runtime
 from toolkit.model.classifier import ClassifierSpec, build_classifier
@@ -22,12 +20,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 NAMES = ("neg", "pos")
 ROWS = np.arange(3, 35)
 KEYS = ROWS.astype(np.uint64) * np.uint64(977)
-
-
-@pytest.fixture(scope="module")
-def split(tiny_data: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory):
-    folder = tmp_path_factory.mktemp("cache")
-    return build_cache(DataSpec(str(tiny_data)), tiny_encoder, folder).splits["train"]
 
 
 def compute(

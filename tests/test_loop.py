@@ -11,49 +11,21 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels import kernel_of_ours
-from tests.tiny import build_cache
-from toolkit.config import RunConfig, part
-from toolkit.data.cache import TokenSplit
-from toolkit.data.prepare import DataSpec
-from toolkit.data.steps import Stream
+from tests.tiny import make_trainer
+from toolkit.config import RunConfig
 from toolkit.engine.loop import (
-    LoopSpec,
     Progress,
-    Trainer,
     Wants,
     add_gradients,
     micro_batches,
     train_step,
 )
-from toolkit.engine.optim import OptimSpec, build_optimizer
+from toolkit.engine.optim import build_optimizer
 from toolkit.engine.runtime import Runtime
 from toolkit.model import attention
-from toolkit.model.classifier import ClassifierSpec, build_classifier
 from toolkit.run import training_tokens
 
 WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")
-
-
-@pytest.fixture(scope="module")
-def split(tiny_data: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory):
-    folder = tmp_path_factory.mktemp("cache")
-    return build_cache(DataSpec(str(tiny_data)), tiny_encoder, folder).splits["train"]
-
-
-def make_trainer(split: TokenSplit, encoder: Path, **settings: Any) -> Trainer:
-    config = replace(RunConfig(batch_size=16, precision="fp32", max_steps=3), **settings)
-    runtime = Runtime(config.precision, 1)
-    model, _ = build_classifier(part(ClassifierSpec, config), encoder, ("neg", "pos"))
-    optim = part(OptimSpec, config)
-    prepared, optimizer = runtime.prepare(
-        model, build_optimizer(model, optim), max_norm=config.max_grad_norm
-    )
-    prepared.train()
-    stream = part(Stream, config, num_rows=len(split))
-    padded = config.batching == "padded"
-    return Trainer(
-        runtime, prepared, optimizer, split, stream, padded, part(LoopSpec, config), optim
-    )
 
 
 class NoWaiting(TorchDispatchMode):

@@ -1,11 +1,16 @@
 """A tiny BERT and tiny reviews."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from toolkit.data.cache import TokenCache
+from toolkit.data.cache import TokenCache, TokenSplit
 from toolkit.data.prepare import DataSpec, prepare
 from toolkit.data.sources import open_source
+
+if TYPE_CHECKING:
+    from toolkit.engine.loop import Trainer
 
 POSITIVE = ["great", "love", "perfect", "excellent", "works", "good"]
 NEGATIVE = ["bad", "broken", "awful", "poor", "waste", "hate"]
@@ -67,3 +72,27 @@ def make_data(folder: Path) -> Path:
 def build_cache(spec: DataSpec, encoder: Path, cache: Path) -> TokenCache:
     """Prepare a data set as `toolkit.prepare` does."""
     return prepare(spec, open_source(spec, cache), encoder, cache)
+
+
+def make_trainer(split: TokenSplit, encoder: Path, **settings: Any) -> "Trainer":
+    """Join a model of one process, its optimizer and rows for the loop; `settings` are a run's."""
+    from toolkit.config import RunConfig, part
+    from toolkit.data.steps import Stream
+    from toolkit.engine.loop import LoopSpec, Trainer
+    from toolkit.engine.optim import OptimSpec, build_optimizer
+    from toolkit.engine.runtime import Runtime
+    from toolkit.model.classifier import ClassifierSpec, build_classifier
+
+    config = replace(RunConfig(batch_size=16, precision="fp32", max_steps=3), **settings)
+    runtime = Runtime(config.precision, 1)
+    model, _ = build_classifier(part(ClassifierSpec, config), encoder, ("neg", "pos"))
+    optim = part(OptimSpec, config)
+    prepared, optimizer = runtime.prepare(
+        model, build_optimizer(model, optim), max_norm=config.max_grad_norm
+    )
+    prepared.train()
+    stream = part(Stream, config, num_rows=len(split))
+    padded = config.batching == "padded"
+    return Trainer(
+        runtime, prepared, optimizer, split, stream, padded, part(LoopSpec, config), optim
+    )

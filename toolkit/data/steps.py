@@ -142,7 +142,7 @@ def _equal_runs(falling: np.ndarray, count: int) -> list[tuple[int, int]]:
 def runs_within(falling: np.ndarray, budget: int, *, padded: bool) -> list[tuple[int, int]]:
     """Cut rows, sorted by falling length, into runs that cost at most `budget` (or are one row)."""
     totals = np.append(0, np.cumsum(falling))
-    full = budget - budget % unit(budget)
+    full = budget - budget % unit(budget)  # the largest size of a pack within the budget
     runs, start = [], 0
     while start < len(falling):
         if padded:  # the first row of a run is its longest and sets the padded length of the rest

@@ -83,9 +83,8 @@ class Replicas:
         gradients = [p.grad for p in self.plain.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         optimizer: Any = self.optimizer
-        optimizer.grad_scale = ((norm + 1e-6) / self.max_norm).clamp(
-            min=1
-        )  # torch's and DeepSpeed's
+        # 1e-6 as in torch's own clipping, and DeepSpeed's
+        optimizer.grad_scale = ((norm + 1e-6) / self.max_norm).clamp(min=1)
         optimizer.found_inf = norm.isfinite().logical_not().float()
         optimizer.step()
         optimizer.zero_grad(set_to_none=not self.keeps_gradients)
