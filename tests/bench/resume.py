@@ -74,6 +74,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         (place / "encoder").mkdir()
+        held_out = min(1000, options.rows // 10)
         flags = [
             f"--encoder={make_encoder(place / 'encoder')}",
             f"--dataset={write_data(place / 'train.parquet', options.rows)}",
@@ -81,15 +82,16 @@ def main() -> None:
             f"--output_dir={place / 'runs'}",
             "--run_id=x",
             *("--track=none", "--max_length=32", f"--batch_size={BATCH}", "--log_every=1"),
-            *("--validation_rows=1000", "--test_rows=1000", "--epochs=3"),
+            *(f"--validation_rows={held_out}", f"--test_rows={held_out}", "--epochs=3"),
         ]
         started = time.perf_counter()
         subprocess.run([sys.executable, "-m", "toolkit", "prepare", *flags], check=True)
         figures: dict[str, object] = {"rows": options.rows}
         figures["prepare_seconds"] = time.perf_counter() - started
         run = place / "runs" / "x"
-        steps = 3 * (options.rows * 4 // 5 - 1000) // BATCH
-        fresh, resumed = [], {step: [] for step in (10, steps // 2, steps - 100)}
+        steps = 3 * (options.rows * 4 // 5 - held_out) // BATCH
+        late = {step for step in (10, steps // 2, steps - 100) if step >= 10}
+        fresh, resumed = [], {step: [] for step in sorted(late)}
         for _ in range(options.repeats):
             shutil.rmtree(place / "runs", ignore_errors=True)
             fresh.append(seconds_to_first_step(flags, run))
