@@ -361,12 +361,16 @@ def test_two_runs_do_not_share_a_folder(
     assert "waiting 0 s for it to end" in said.out
 
 
-def test_training_needs_no_wandb_without_tracking(tiny_flags: list[str]) -> None:
+def test_a_plain_run_needs_no_wandb_and_imports_no_inductor(
+    tiny_flags: list[str],
+) -> None:
     code = """
 import sys
 sys.modules["wandb"] = None
 from toolkit.train import main
-sys.exit(main(sys.argv[1:]))
+code = main(sys.argv[1:])
+assert "torch._inductor.cudagraph_trees" not in sys.modules, "takes half a second of every start"
+sys.exit(code)
 """
     done = run_python("-c", code, *tiny_flags, "--max_steps=2")
     assert done.returncode == 0, done.stderr

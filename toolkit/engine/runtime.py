@@ -133,8 +133,9 @@ class Runtime:
             "attention_mask": batch.attention_mask,
             "bounds": batch.bounds,
         }
-        # what a captured CUDA graph put out in the micro-batch before is not needed any more
-        torch.compiler.cudagraph_mark_step_begin()
+        if self.device.type == "cuda":  # elsewhere it would only import Inductor, half a second
+            # what a captured CUDA graph put out in the micro-batch before is not needed any more
+            torch.compiler.cudagraph_mark_step_begin()
         tensors = {name: self._tensor(x) for name, x in arrays.items() if x is not None}
         return tensors | {"longest": batch.longest}
 
