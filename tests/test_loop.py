@@ -98,7 +98,7 @@ def test_embedding_gradients_that_stay_are_those_of_one_step(
         assert len(layers) == 3
         assert all(layer.sparse for layer in layers)
         if not sparse:
-            trainer.runtime.strategy.kept.clear()
+            trainer.runtime.strategy.embeddings.clear()
             for layer in layers:
                 layer.sparse, layer.weight.grad = False, None
         train_step(trainer, Progress(), Wants())

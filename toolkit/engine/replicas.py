@@ -32,8 +32,8 @@ class Replicas:
         self.max_norm = max_norm
         self.ready = watch_gradients(self.plain)
         self.keeps_gradients = False
-        alone_on_cpu = accelerator.num_processes == 1 and accelerator.device.type == "cpu"
-        self.kept = keep_embedding_gradients(self.plain) if alone_on_cpu else {}
+        on_cpu = accelerator.device.type == "cpu"
+        self.embeddings = keep_embedding_gradients(self.plain) if on_cpu else []
 
     def precision_plan(self) -> dict[str, str]:
         """Say in which precision what is kept, as found in the objects themselves."""
@@ -89,8 +89,9 @@ class Replicas:
         optimizer.grad_scale = ((norm + 1e-6) / self.max_norm).clamp(min=1)
         optimizer.found_inf = norm.isfinite().logical_not().float()
         optimizer.step()
+        kept: list[Any] = [weight.grad for weight in self.embeddings]
         optimizer.zero_grad(set_to_none=not self.keeps_gradients)
-        for weight, gradient in self.kept.items():
+        for weight, gradient in zip(self.embeddings, kept, strict=True):
             weight.grad = gradient.zero_()
         return norm
 
@@ -121,18 +122,18 @@ class Replicas:
         parameter.copy_(whole)
 
 
-def keep_embedding_gradients(model: nn.Module) -> dict[Tensor, Tensor]:
-    """Let backward passes add the rows of their tokens to gradients that stay; return those by weight.
+def keep_embedding_gradients(model: nn.Module) -> list[Tensor]:
+    """Let backward passes add the rows of their tokens to gradients that stay; return the weights.
 
     Else each pass makes a gradient of the whole vocabulary: 47 MB that a CPU maps and clears page by
-    page, 3 to 7 % of a step (NOTES.md). Not for DDP, which would exchange the rows another way.
+    page, 3 to 7 % of a step (NOTES.md). What a layer's `sparse` makes is added to the dense sum at once;
+    DDP, which would exchange sparse gradients in a way of its own, looked at it when it was built.
     """
-    kept: dict[Tensor, Tensor] = {}
-    for layer in model.modules():
-        if isinstance(layer, nn.Embedding):
-            layer.sparse = True  # what a pass adds; the sum is dense, as AdamW wants it
-            layer.weight.grad = kept[layer.weight] = torch.zeros_like(layer.weight)
-    return kept
+    layers = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    for layer in layers:
+        layer.sparse = True
+        layer.weight.grad = torch.zeros_like(layer.weight)
+    return [layer.weight for layer in layers]
 
 
 def watch_gradients(model: nn.Module) -> set[Tensor]:
