@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -131,16 +132,21 @@ class Bench:
                 found.append(process)
         return found
 
-    def is_asked_to_stop(self, job: str) -> bool:
-        """Tell whether a job's script has heard that its time is nearly up."""
-        return Path(tempfile.gettempdir(), f"toolkit-stop-{job}").exists()
+    def let_go_on(self, job: str, asked_within: float) -> bool:
+        """Continue the trainers that a fault has stopped, if the job's script has been asked to stop.
 
-    def let_go_on(self) -> bool:
-        """Continue the trainers that a fault has stopped; tell whether there was one."""
+        A trainer that notes the request takes its file away, and the fault may stop it before it acts
+        on it; so one that is older than SLURM takes to ask (`asked_within`, seconds) goes on, too.
+
+        Returns:
+            Whether there was one.
+        """
+        file = Path(tempfile.gettempdir(), f"toolkit-stop-{job}")
         stopped = [
             process
             for process in self.processes()
             if process.info["status"] == psutil.STATUS_STOPPED
+            and (file.exists() or time.time() - process.create_time() > asked_within)
         ]
         for process in stopped:
             process.resume()
