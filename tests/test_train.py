@@ -369,7 +369,7 @@ import sys
 sys.modules["wandb"] = None
 from toolkit.train import main
 code = main(sys.argv[1:])
-assert "torch._inductor.cudagraph_trees" not in sys.modules, "takes half a second of every start"
+assert "torch._inductor.cudagraph_trees" not in sys.modules, "takes 0.9 s of every start"
 sys.exit(code)
 """
     done = run_python("-c", code, *tiny_flags, "--max_steps=2")

@@ -133,7 +133,7 @@ class Runtime:
             "attention_mask": batch.attention_mask,
             "bounds": batch.bounds,
         }
-        if self.device.type == "cuda":  # elsewhere it would only import Inductor, half a second
+        if self.device.type == "cuda":  # elsewhere it would only import Inductor, 0.9 s
             # what a captured CUDA graph put out in the micro-batch before is not needed any more
             torch.compiler.cudagraph_mark_step_begin()
         tensors = {name: self._tensor(x) for name, x in arrays.items() if x is not None}
