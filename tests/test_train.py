@@ -361,9 +361,7 @@ def test_two_runs_do_not_share_a_folder(
     assert "waiting 0 s for it to end" in said.out
 
 
-def test_a_plain_run_needs_no_wandb_and_imports_no_inductor(
-    tiny_flags: list[str],
-) -> None:
+def test_a_plain_run_needs_no_wandb_and_imports_no_inductor(tiny_flags: list[str]) -> None:
     code = """
 import sys
 sys.modules["wandb"] = None
