@@ -7,11 +7,8 @@ One line for each finding: ok, warning or FAILURE, and what to do. Exit code 1 i
 """
 
 import argparse
-import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +19,7 @@ from urllib.parse import urlparse
 from toolkit.config import RunConfig, cache_dir
 from toolkit.console import complain, say
 from toolkit.network import why_unreachable
+from toolkit.ranks import LAUNCH_FOLDER, RanksError, ask
 from toolkit.record.tracking import wandb_mode, wandb_url
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,7 +67,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--offline", action="store_true", help="ask nothing of the network")
     options = parser.parse_args(argv)
     if options.launch is not None and not options.launch.is_file():
-        known = ", ".join(sorted(path.name for path in (ROOT / "launch").glob("*.yaml")))
+        known = ", ".join(sorted(path.name for path in LAUNCH_FOLDER.glob("*.yaml")))
         complain(f"error: --launch got {options.launch}, which is no file; there are {known}")
         raise SystemExit(2)
     return options
@@ -128,7 +126,7 @@ def devices() -> Iterator[Finding]:
 def _default_launch() -> Path:
     import torch
 
-    return ROOT / "launch" / ("gpu.yaml" if torch.cuda.is_available() else "cpu.yaml")
+    return LAUNCH_FOLDER / ("gpu.yaml" if torch.cuda.is_available() else "cpu.yaml")
 
 
 def hello(launch: Path, num_processes: int | None) -> Iterator[Finding]:
@@ -139,31 +137,11 @@ def hello(launch: Path, num_processes: int | None) -> Iterator[Finding]:
                 yield Finding(
                     "warning", f"no {tool}, with which DeepSpeed compiles: install {tool}"
                 )
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    command += ["--config_file", str(launch)]
-    command += ["--num_processes", str(num_processes)] if num_processes else []
-    command.append(str(Path(__file__).with_name("hello.py")))
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
     try:
-        output, errors = process.communicate(timeout=HELLO_SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the ranks too
-        process.wait()
-        text = f"{launch.name}: the ranks did not meet in {HELLO_SECONDS} s"
-        yield Finding("FAILURE", f"{text}: check main_process_ip, ports, firewall, num_processes")
+        facts = ask("hello.py", launch, num_processes, seconds=HELLO_SECONDS)
+    except RanksError as error:
+        yield Finding("FAILURE", f"{launch.name}: {error}")
         return
-    answers = [line for line in output.splitlines() if line.startswith('{"world_size"')]
-    if process.returncode or not answers:
-        reason = _last_error(errors)
-        yield Finding("FAILURE", f"{launch.name}: {reason}")
-        return
-    facts = json.loads(answers[-1])
     size = facts["world_size"]
     text = f"{launch.name}: {size} x {facts['device']} ({facts['distributed_type']})"
     if facts["sum_of_ranks"] != size * (size - 1) / 2:
@@ -177,13 +155,6 @@ def hello(launch: Path, num_processes: int | None) -> Iterator[Finding]:
 def _found(tool: str) -> bool:
     beside = Path(sys.executable).with_name(tool)
     return beside.exists() or shutil.which(tool) is not None
-
-
-def _last_error(text: str) -> str:
-    """Return the line that says most: the first error that is not the launcher's own."""
-    lines = [line.split("]: ", 1)[-1].strip() for line in text.splitlines()]
-    errors = [line for line in lines if "Error: " in line and "ChildFailed" not in line]
-    return (errors or lines or ["no output"])[0]
 
 
 def disk(folder: Path, option: str) -> Iterator[Finding]:

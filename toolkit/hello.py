@@ -14,6 +14,7 @@ import torch
 
 from toolkit.console import say
 from toolkit.engine.runtime import Runtime
+from toolkit.ranks import ANSWER
 
 
 def main() -> None:
@@ -22,7 +23,7 @@ def main() -> None:
     take_step(runtime)
     total = runtime.sum(torch.tensor(float(runtime.rank))).item()
     if runtime.is_main:
-        say(json.dumps(runtime.describe() | {"sum_of_ranks": total}))
+        say(ANSWER + json.dumps(runtime.describe() | {"sum_of_ranks": total}))
     runtime.end()
 
 

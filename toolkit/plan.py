@@ -5,7 +5,8 @@
     python -m toolkit plan --sweep configs/sweeps/heads.yaml --price 2.5        what a sweep will cost
 
 Flags of a run (`toolkit train --help`) say what to plan. The data are prepared if they are not yet:
-lengths decide about memory and time. Without --tflops a few steps are timed on this machine.
+lengths decide about memory and time. Without --tflops a few steps are timed on this machine, with
+one process and under each launch config.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from toolkit.experiments.plan import costs
 from toolkit.experiments.states import duration
 from toolkit.experiments.sweep import load, runs
 from toolkit.prepare import prepare_data
+from toolkit.ranks import LAUNCH_FOLDER, RanksError, ask
 
 if TYPE_CHECKING:
     from toolkit.engine.estimate import Activations, Kind, Rates
@@ -34,15 +36,16 @@ GIB = 2**30
 CUDA_BYTES = 1.0 * GIB
 """Of a CUDA context with its libraries, before the first tensor; assumed, not measured."""
 LAUNCHES: dict[str, "Kind"] = {
-    "ddp.yaml": "replicas",
-    "zero1.yaml": "zero1",
-    "zero2.yaml": "zero2",
-    "zero2_offload.yaml": "zero2_offload",
-    "zero3.yaml": "zero3",
+    "ddp": "replicas",
+    "zero1": "zero1",
+    "zero2": "zero2",
+    "zero2_offload": "zero2_offload",
+    "zero3": "zero3",
 }
-ZERO_NOTE = (
-    "ZeRO's steps are shown without DeepSpeed's own work: on two CPU processes it made them 1.7 to 2.9 "
-    "times as long."
+REHEARSAL_SECONDS = 900
+COUNTED_NOTE = (
+    "* counted, not timed with these ranks; ZeRO's are without DeepSpeed's own work, which made steps of "
+    "two CPU processes 1.7 to 2.9 times as long."
 )
 POSITIVE = ("num_processes", "memory_gb", "tflops", "bandwidth_gb", "link_gb", "price")
 
@@ -58,6 +61,8 @@ class Row(NamedTuple):
     """Reviews in a micro-batch that fits into memory."""
     seconds: float
     """Of a step."""
+    counted: bool
+    """Those were not measured with these ranks, but follow from what one takes."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +83,17 @@ class Ground:
     """The ranks share this machine's cores and memory."""
     link: float
     """Bytes/s between ranks."""
+    timed: dict[str, float]
+    """Seconds of a step by launch file, where they could be measured."""
 
 
 def main(argv: list[str]) -> int:
     """Print the plan; return the exit code."""
     try:
-        options, config = _options(argv)
+        options, config, flags = _options(argv)
         tokens, encoder = prepare_data(config)
-        ground = survey(config, tokens, encoder, options)
+        timed = {} if options.tflops else rehearse(options, flags)
+        ground = survey(config, tokens, encoder, options, timed)
         report(config, tokens, ground, options)
     except ToolkitError as error:
         complain(f"error: {error}")
@@ -93,7 +101,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _options(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
+def _options(argv: list[str]) -> tuple[argparse.Namespace, RunConfig, list[str]]:
     made = argparse.ArgumentParser(
         "toolkit plan",
         description=str(__doc__),
@@ -101,6 +109,9 @@ def _options(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
         allow_abbrev=False,
     )
     made.add_argument("--num_processes", type=int, default=2, help="ranks that share the work")
+    made.add_argument(
+        "--launches", nargs="+", choices=LAUNCHES, default=LAUNCHES, help="which ways to share it"
+    )
     made.add_argument("--memory_gb", type=float, help="of a device, in GiB; default: what is here")
     made.add_argument("--tflops", type=float, help="training rate of a device; default: timed here")
     made.add_argument(
@@ -124,13 +135,46 @@ def _options(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
         raise ConfigError([*problems, *error.problems]) from error
     if problems:
         raise ConfigError(problems)
-    return options, config
+    return options, config, flags
+
+
+def rehearse(options: argparse.Namespace, flags: list[str]) -> dict[str, float]:
+    """Take a few steps of the run under each launch config; return seconds of one by launch file."""
+    import torch
+
+    ranks, gpus = options.num_processes, torch.cuda.device_count()
+    if ranks > gpus > 0:
+        say(f"{gpus} GPUs here: steps of {ranks} ranks are counted, not timed")
+    timed = {}
+    for launch in launch_files(options, on_cpu=not gpus) if ranks <= gpus or not gpus else ():
+        say(f"timing steps of {ranks} processes, {launch} ...")
+        try:
+            answer = ask(
+                "rehearsal.py", LAUNCH_FOLDER / launch, ranks, *flags, seconds=REHEARSAL_SECONDS
+            )
+        except RanksError as error:
+            say(f"  not timed: {error}")
+        else:
+            timed[launch] = answer["seconds"]
+    return timed
+
+
+def launch_files(options: argparse.Namespace, *, on_cpu: bool) -> dict[str, "Kind"]:
+    """Return the launch files that share the work among ranks, and what they do."""
+    if options.num_processes == 1:
+        return {}
+    names = {name: "cpu2" if on_cpu and name == "ddp" else name for name in options.launches}
+    return {f"{file}.yaml": LAUNCHES[name] for name, file in names.items()}
 
 
 def survey(
-    config: RunConfig, tokens: TokenCache, encoder: Path, options: argparse.Namespace
+    config: RunConfig,
+    tokens: TokenCache,
+    encoder: Path,
+    options: argparse.Namespace,
+    timed: dict[str, float],
 ) -> Ground:
-    """Build the model and measure what the plan rests on."""
+    """Build the model and measure what the plan rests on, besides what is timed already."""
     import torch
 
     from toolkit.engine import estimate
@@ -171,6 +215,7 @@ def survey(
         memory=options.memory_gb * GIB if options.memory_gb else memory,
         on_cpu=on_cpu,
         link=options.link_gb * 1e9 if options.link_gb else math.inf,
+        timed=timed,
     )
 
 
@@ -184,12 +229,11 @@ def _stated(
     return estimate.stated(options.tflops, options.bandwidth_gb, flops, parameters)
 
 
-def rows(ground: Ground, ranks: int) -> Iterator[Row]:
+def rows(ground: Ground, options: argparse.Namespace) -> Iterator[Row]:
     """Yield what each way to distribute needs; one process first."""
     yield _row(ground, "cpu.yaml" if ground.on_cpu else "gpu.yaml", "replicas", 1)
-    for launch, kind in LAUNCHES.items() if ranks > 1 else ():
-        name = "cpu2.yaml" if ground.on_cpu and launch == "ddp.yaml" else launch
-        yield _row(ground, name, kind, ranks)
+    for launch, kind in launch_files(options, on_cpu=ground.on_cpu).items():
+        yield _row(ground, launch, kind, options.num_processes)
 
 
 def _row(ground: Ground, launch: str, kind: "Kind", ranks: int) -> Row:
@@ -206,7 +250,15 @@ def _row(ground: Ground, launch: str, kind: "Kind", ranks: int) -> Row:
     # on a CPU the best model is read beside the last one, to score the test set
     best = estimate.FLOAT * ground.parameters if ground.on_cpu else 0
     busy = max(ground.kept.of(work.largest), ground.scoring) + best
-    return Row(launch, ranks, ground.base + state + busy, fits, seconds + sent)
+    counted = seconds + sent
+    return Row(
+        launch,
+        ranks,
+        bytes=ground.base + state + busy,
+        fits=fits,
+        seconds=ground.timed.get(launch, counted),
+        counted=ranks > 1 and launch not in ground.timed,
+    )
 
 
 def report(
@@ -228,18 +280,20 @@ def report(
         f"{'launch':<20} ranks  GiB a rank  reviews that fit        step  reviews/s     run"
         f"  hours x ranks{'   price' if options.price else ''}"
     )
-    for row in rows(ground, options.num_processes):
+    planned = list(rows(ground, options))
+    for row in planned:
+        star = "*" if row.counted else " "
         seconds = run_seconds(tokens, ground, row)
         price = f"  {seconds * row.ranks / 3600 * options.price:>6.2f}" if options.price else ""
         say(
             f"{row.launch:<20} {row.ranks:>5}  {row.bytes / GIB:>10.2f}  {_fits(row):>16}"
-            f"  {row.seconds * 1e3:>7.1f} ms  {stream.batch_size / row.seconds:>9.0f}"
+            f"  {row.seconds * 1e3:>7.1f} ms{star} {stream.batch_size / row.seconds:>9.0f}"
             f"  {duration(seconds):>6}  {seconds * row.ranks / 3600:>13.2f}{price}"
         )
-    if options.num_processes > 1:
-        say(f"\n{ZERO_NOTE}")
+    if any(row.counted for row in planned):
+        say(f"\n{COUNTED_NOTE}")
     if options.sweep:
-        _report_sweep(options, next(rows(ground, 1)), stream.batch_size)
+        _report_sweep(options, planned[0], stream.batch_size)
 
 
 def _fits(row: Row) -> str:

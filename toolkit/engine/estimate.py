@@ -172,6 +172,11 @@ def measure(trainer: Trainer, standing: float) -> tuple[Rates, Activations]:
     return rates, Activations(max(0.0, much - standing - growth * many), growth)
 
 
+def step_seconds(trainer: Trainer) -> float:
+    """Take a few steps of the run, on all ranks; return the median of their seconds."""
+    return _run_steps(trainer, trainer.stream.batch_size)[1]
+
+
 def measure_scoring(trainer: Trainer, eval_tokens: int, standing: float) -> float:
     """Score one micro-batch of the longest reviews; return what the process's memory grew by."""
     lengths = trainer.train.lengths(np.arange(len(trainer.train)))

@@ -1,0 +1,38 @@
+"""Started by `plan` under a launch config, with a run's flags: how long does one of its steps take there?
+
+Answers with the seconds.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # as in train.py
+
+from toolkit.config import parse, part
+from toolkit.console import say
+from toolkit.engine.estimate import step_seconds
+from toolkit.engine.runtime import Runtime
+from toolkit.model.classifier import ClassifierSpec, build_classifier
+from toolkit.prepare import prepare_data
+from toolkit.ranks import ANSWER
+from toolkit.run import make_trainer
+
+
+def main() -> None:
+    """Take a few steps of the run and keep nothing."""
+    config = parse(sys.argv[1:])
+    tokens, encoder = prepare_data(config)
+    runtime = Runtime(config.precision, config.cpu_threads, config.rank_timeout)
+    model, _ = build_classifier(part(ClassifierSpec, config), encoder, tokens.label_names)
+    trainer = make_trainer(config, tokens, runtime, model)
+    seconds = step_seconds(trainer)
+    if runtime.is_main:
+        say(ANSWER + json.dumps({"seconds": seconds}))
+    del trainer, model
+    runtime.end()
+
+
+if __name__ == "__main__":
+    main()
