@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.kernels import kernel_of_ours
 from tests.tiny import make_trainer
 from toolkit.config import RunConfig
+from toolkit.engine import runtime
+from toolkit.engine.lookups import Lookups, embeddings
 from toolkit.engine.loop import (
     Progress,
     Wants,
@@ -46,6 +48,7 @@ def test_the_host_does_not_wait_within_a_step(
 ) -> None:
     """From the first micro-batch to the update. (Padded, stock BERT looks at its mask once.)"""
     monkeypatch.setattr(attention, "has_varlen", lambda query: True)
+    monkeypatch.setattr(runtime, "embeddings", lambda model: {})  # as on a GPU
     kernel_of_ours()
     trainer = make_trainer(split, tiny_encoder, grad_accum=2)
     batches = micro_batches(trainer, 0)
@@ -87,20 +90,16 @@ def test_an_update_is_torchs(max_norm: float, split, tiny_encoder: Path) -> None
 
 @pytest.mark.parametrize("grad_accum", [1, 3])
 def test_embedding_gradients_that_stay_are_those_of_one_step(
-    grad_accum: int, split, tiny_encoder: Path
+    grad_accum: int, split, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows added to a gradient that stays, against a gradient of all rows made anew, in steps 0 and 1."""
     found = []
     for sparse in (True, False):
-        trainer = make_trainer(split, tiny_encoder, grad_accum=grad_accum)
-        model = trainer.runtime.unwrap(trainer.model)
-        layers = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
-        assert len(layers) == 3
-        assert all(layer.sparse for layer in layers)
         if not sparse:
-            trainer.runtime.strategy.embeddings.clear()
-            for layer in layers:
-                layer.sparse, layer.weight.grad = False, None
+            monkeypatch.setattr(runtime, "embeddings", lambda model: {})
+        trainer = make_trainer(split, tiny_encoder, grad_accum=grad_accum)
+        layers = embeddings(trainer.runtime.unwrap(trainer.model)).values()
+        assert [layer.sparse for layer in layers] == [sparse] * 3
         train_step(trainer, Progress(), Wants())
         add_gradients(trainer, micro_batches(trainer, 1), 16, Wants())
         found.append([layer.weight.grad for layer in layers])
@@ -108,6 +107,30 @@ def test_embedding_gradients_that_stay_are_those_of_one_step(
         assert kept.layout == torch.strided
         assert anew.any()
         torch.testing.assert_close(kept, anew, rtol=1e-5, atol=1e-8)
+
+
+def test_embeddings_that_are_not_only_looked_up() -> None:
+    """A layer that shares the weight, or computes with it, has a gradient of all rows: none is lost."""
+    model = torch.nn.Module()
+    model.one, model.other = torch.nn.Embedding(5, 2), torch.nn.Embedding(5, 2)
+    model.other.weight = model.one.weight
+    lookups = Lookups(model, embeddings(model))
+    [weight], [gradient] = lookups.weights, lookups.gradients
+    for compute, rows in (
+        (lambda: model.one(torch.tensor([1, 3, 1])).sum(), [0, 2, 0, 1, 0]),
+        (lambda: (model.one(torch.tensor([1])) + model.other(torch.tensor([2]))).sum(), [0, 1, 1, 0, 0]),
+        (lambda: (model.one(torch.tensor([4])) @ weight.T.detach()).sum() + weight.sum(), None),
+    ):  # fmt: skip
+        compute().backward()
+        assert weight.grad is gradient
+        if rows is None:
+            assert gradient.all()
+        else:
+            assert gradient[:, 0].tolist() == rows
+        weight.grad = None  # as an optimizer may
+        lookups.clear()
+        assert weight.grad is gradient
+        assert not gradient.any()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -165,6 +188,6 @@ def test_smaller_micro_batches_are_smaller(
     ],
 )
 def test_tokens_of_a_micro_batch(said: dict[str, int], device: str, expected: int | None) -> None:
-    runtime = Runtime("fp32", 1)
-    runtime.device = torch.device(device)
-    assert training_tokens(replace(RunConfig(), **said), runtime) == expected
+    here = Runtime("fp32", 1)
+    here.device = torch.device(device)
+    assert training_tokens(replace(RunConfig(), **said), here) == expected

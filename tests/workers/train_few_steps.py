@@ -48,9 +48,11 @@ EVALUATION_SIZES = (0, 1, 2, 3, 4, 23, 41)
 
 
 def build(config: RunConfig, runtime: Runtime) -> Trainer:
-    """Make a trainer as `toolkit.run` does."""
+    """Make a trainer as `toolkit.run` does; the other ranks begin with the main process's weights."""
     tokens, encoder = prepare_data(config)
     model, _ = build_classifier(part(ClassifierSpec, config), encoder, tokens.label_names)
+    for parameter in model.parameters():
+        parameter.data += runtime.rank
     optim = part(OptimSpec, config)
     runtime.precision = config.precision
     prepared, optimizer = runtime.prepare(

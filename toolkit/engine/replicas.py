@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from toolkit.engine.lookups import Lookups
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -24,7 +26,9 @@ class State:
 class Replicas:
     """Forward, backward and update of a model that is whole on each rank."""
 
-    def __init__(self, accelerator: Any, model: Any, optimizer: Any, max_norm: float) -> None:
+    def __init__(
+        self, accelerator: Any, model: Any, optimizer: Any, max_norm: float, lookups: Lookups
+    ) -> None:
         self.accelerator = accelerator
         self.model = model
         self.plain: nn.Module = accelerator.unwrap_model(model)
@@ -32,8 +36,7 @@ class Replicas:
         self.max_norm = max_norm
         self.ready = watch_gradients(self.plain)
         self.keeps_gradients = False
-        on_cpu = accelerator.device.type == "cpu"
-        self.embeddings = keep_embedding_gradients(self.plain) if on_cpu else []
+        self.lookups = lookups
 
     def precision_plan(self) -> dict[str, str]:
         """Say in which precision what is kept, as found in the objects themselves."""
@@ -82,6 +85,8 @@ class Replicas:
         The host does not wait for the norm: the fused AdamW reads on the device what it is to divide
         gradients by, and whether to leave the update out (torch 2.13; meant for `GradScaler`).
         """
+        if self.lookups.weights and self.accelerator.num_processes > 1:
+            self.lookups.average(self.accelerator.reduce, self.accelerator.num_processes)
         gradients = [p.grad for p in self.plain.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         optimizer: Any = self.optimizer
@@ -89,10 +94,8 @@ class Replicas:
         optimizer.grad_scale = ((norm + 1e-6) / self.max_norm).clamp(min=1)
         optimizer.found_inf = norm.isfinite().logical_not().float()
         optimizer.step()
-        kept: list[Any] = [weight.grad for weight in self.embeddings]
         optimizer.zero_grad(set_to_none=not self.keeps_gradients)
-        for weight, gradient in zip(self.embeddings, kept, strict=True):
-            weight.grad = gradient.zero_()
+        self.lookups.clear()
         return norm
 
     def warmed_up(self) -> None:
@@ -120,20 +123,6 @@ class Replicas:
     def put(parameter: nn.Parameter, whole: Tensor) -> None:
         """Set a parameter."""
         parameter.copy_(whole)
-
-
-def keep_embedding_gradients(model: nn.Module) -> list[Tensor]:
-    """Let backward passes add the rows of their tokens to gradients that stay; return the weights.
-
-    Else each pass makes a gradient of the whole vocabulary: 47 MB that a CPU maps and clears page by
-    page, 3 to 7 % of a step (NOTES.md). What a layer's `sparse` makes is added to the dense sum at once;
-    DDP, which would exchange sparse gradients in a way of its own, looked at it when it was built.
-    """
-    layers = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    for layer in layers:
-        layer.sparse = True
-        layer.weight.grad = torch.zeros_like(layer.weight)
-    return [layer.weight for layer in layers]
 
 
 def watch_gradients(model: nn.Module) -> set[Tensor]:

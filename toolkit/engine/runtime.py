@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from toolkit.data.batches import Batch
 from toolkit.data.hashing import key64
+from toolkit.engine.lookups import Lookups, embeddings
 from toolkit.engine.meeting import init_method
 from toolkit.engine.phases import Phases
 from toolkit.engine.replicas import MOMENTS, Replicas, State, set_updates, updates, whole_shape
@@ -108,13 +109,15 @@ class Runtime:
             settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
             count = sum(whole_shape(parameter).numel() for parameter in model.parameters())
             Zero.configure(settings, max_norm, count)
+        sparse = self.device.type == "cpu" and not self.is_zero and not keeps_gradients
+        lookups = Lookups(model, embeddings(model) if sparse else {})
+        for weight in lookups.weights:  # DDP, which leaves them alone, would have done so
+            Replicas.put(weight, self._whole_from_main(weight, weight.detach()))
         with warnings.catch_warnings():  # Accelerate 1.15 has no other name for it yet
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
             prepared, prepared_optimizer = self.accelerator.prepare(model, optimizer)
-        kind = Zero if self.is_zero else Replicas
-        self.strategy: Replicas | Zero = kind(
-            self.accelerator, prepared, prepared_optimizer, max_norm
-        )
+        parts = self.accelerator, prepared, prepared_optimizer, max_norm
+        self.strategy: Replicas | Zero = Zero(*parts) if self.is_zero else Replicas(*parts, lookups)
         if keeps_gradients:
             assert isinstance(self.strategy, Replicas), "DeepSpeed runs no compiled model"
             self.strategy.keep_gradients()
