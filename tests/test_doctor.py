@@ -3,10 +3,12 @@
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.programs import ROOT
 from toolkit import doctor
+from toolkit.ranks import LAUNCH_FOLDER, RanksError, ask
 
 
 def report(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, list[str]]:
@@ -56,6 +58,14 @@ def test_a_launch_that_fails_is_quoted(tmp_path: Path) -> None:
     [finding] = doctor.hello(broken, None)
     assert finding.level == "FAILURE"
     assert "nonsense" in finding.text
+
+
+def test_ranks_that_do_not_meet_are_ended() -> None:
+    with pytest.raises(RanksError, match="did not meet in 2 s"):
+        ask("hello.py", LAUNCH_FOLDER / "cpu2.yaml", 3, seconds=2)
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        assert not ("3" in line and str(ROOT / "toolkit" / "hello.py") in line), line
 
 
 def test_a_disk_without_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

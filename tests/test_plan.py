@@ -1,5 +1,6 @@
 """What is planned follows from counts that can be checked, and fits what a run then takes."""
 
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,6 +10,8 @@ import torch
 
 from tests.bench.plan import planned
 from tests.programs import TRAIN, launcher, run_for_peak
+from toolkit import plan as plan_module
+from toolkit import ranks as ranks_module
 from toolkit.data.cache import TokenSplit
 from toolkit.data.steps import Stream
 from toolkit.engine import estimate
@@ -16,6 +19,7 @@ from toolkit.engine.estimate import Activations
 from toolkit.engine.loop import LoopSpec, Trainer
 from toolkit.engine.optim import OptimSpec
 from toolkit.plan import main
+from toolkit.ranks import RanksError
 
 
 def test_what_a_forward_pass_keeps() -> None:
@@ -68,14 +72,58 @@ def test_stated_rates() -> None:
 
 def test_memory_is_as_planned(tmp_path: Path, shared_cache: Path) -> None:
     """Of a run with one process and with two."""
-    flags = [f"--cache_dir={shared_cache}", "--head=v2", "--batch_size=128", "--max_steps=10"]
+    flags = [f"--cache_dir={shared_cache}", "--head=v2", "--batch_size=64", "--max_steps=10"]
     flags += ["--train_rows=500", "--test_rows=64", "--validation_rows=64", "--cpu_threads=1"]
-    plan = planned(flags)
-    assert set(plan) == {"cpu", "cpu2", "zero1", "zero2", "zero2_offload", "zero3"}
+    plan = planned([*flags, "--launches=ddp"])
+    assert set(plan) == {"cpu", "cpu2"}
     for processes, name in ((1, "cpu"), (2, "cpu2")):
         place = [f"--output_dir={tmp_path}", f"--run_id={name}", "--track=none"]
         peak, _ = run_for_peak(*launcher(processes), TRAIN, *flags, *place)
         assert plan[name][0] == pytest.approx(peak, rel=0.15), name
+
+
+def test_steps_are_timed_with_the_ranks_that_were_asked_for(
+    tiny_flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under the real launcher, of this very run; where that fails, the plan says why and counts."""
+    asked: list[tuple[Any, ...]] = []
+
+    def ask(program: str, launch: Path, ranks: int, *flags: str, seconds: float) -> dict[str, Any]:
+        asked.append((launch.stem, ranks, flags))
+        if launch.stem == "zero3":
+            raise RanksError("the ranks fell out")
+        return ranks_module.ask(program, launch, ranks, *flags, seconds=seconds)
+
+    monkeypatch.setattr(plan_module, "ask", ask)
+    assert main([*tiny_flags, "--launches", "ddp", "zero2", "zero3"]) == 0
+    said = capsys.readouterr().out
+    assert asked == [(name, 2, tuple(tiny_flags)) for name in ("cpu2", "zero2", "zero3")]
+    steps = dict(re.findall(r"^(\w+)\.yaml .* ([\d.]+ ms.)", said, re.MULTILINE))
+    assert {name: step[-1] for name, step in steps.items()} == {
+        "cpu": " ",
+        "cpu2": " ",
+        "zero2": " ",
+        "zero3": "*",
+    }
+    assert all(float(step.split()[0]) > 0 for step in steps.values())
+    assert "not timed: the ranks fell out" in said
+    assert "* counted, not timed" in said
+
+
+def test_a_stated_rate_starts_nothing(
+    tiny_flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a device that is not here, so how much fits into it is not known either."""
+    monkeypatch.setattr(plan_module, "ask", None)
+    assert main([*tiny_flags, "--tflops=1e-3", "--num_processes=4", "--link_gb=1"]) == 0
+    said = capsys.readouterr().out
+    rows = [line for line in said.splitlines() if ".yaml" in line]
+    assert [row.split()[:2] for row in rows] == [
+        ["gpu.yaml", "1"],
+        *([f"{name}.yaml", "4"] for name in plan_module.LAUNCHES),
+    ]
+    assert all(row.split()[3] == "any" for row in rows)
+    assert "ms*" in rows[1]
 
 
 @pytest.mark.parametrize("flags", [{"grad_accum": 4}, {"max_tokens": 200}, {}])
@@ -104,11 +152,13 @@ def test_memory_follows_the_micro_batch(
 
 
 def test_wrong_flags_are_named_together(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--tflops=0", "--sweep=nowhere.yaml", "--batch_sise=3"]) == 2
+    flags = ["--tflops=0", "--launches=gpu", "--sweep=nowhere.yaml", "--batch_sise=3"]
+    assert main(flags) == 2
     said = capsys.readouterr().err
-    assert "3 problems" in said
+    assert "4 problems" in said
     for part in (
         "--tflops got 0, allowed is more than 0",
+        "--launches got gpu, allowed are ddp, zero1",
         "nowhere.yaml, which is no",
         "batch_sise",
     ):

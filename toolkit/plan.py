@@ -57,8 +57,8 @@ class Row(NamedTuple):
     ranks: int
     bytes: float
     """Of each rank, at most."""
-    fits: int
-    """Reviews in a micro-batch that fits into memory."""
+    fits: float
+    """Reviews in a micro-batch that fits into memory; infinity if that is not known."""
     seconds: float
     """Of a step."""
     counted: bool
@@ -110,7 +110,7 @@ def _options(argv: list[str]) -> tuple[argparse.Namespace, RunConfig, list[str]]
     )
     made.add_argument("--num_processes", type=int, default=2, help="ranks that share the work")
     made.add_argument(
-        "--launches", nargs="+", choices=LAUNCHES, default=LAUNCHES, help="which ways to share it"
+        "--launches", nargs="+", default=[*LAUNCHES], help=f"which of {', '.join(LAUNCHES)}"
     )
     made.add_argument("--memory_gb", type=float, help="of a device, in GiB; default: what is here")
     made.add_argument("--tflops", type=float, help="training rate of a device; default: timed here")
@@ -126,6 +126,11 @@ def _options(argv: list[str]) -> tuple[argparse.Namespace, RunConfig, list[str]]
         f"--{name} got {value:g}, allowed is more than 0"
         for name, value in given.items()
         if value is not None and not value > 0
+    ]
+    problems += [
+        f"--launches got {name}, allowed are {', '.join(LAUNCHES)}"
+        for name in options.launches
+        if name not in LAUNCHES
     ]
     if options.sweep and not options.sweep.is_file():
         problems.append(f"--sweep got {options.sweep}, which is no file")
@@ -242,7 +247,7 @@ def _row(ground: Ground, launch: str, kind: "Kind", ranks: int) -> Row:
     work = estimate.work(ground.trainer, ranks)
     state = estimate.state_bytes(kind, ground.parameters, ranks, on_cpu=ground.on_cpu)
     room = (ground.memory / ranks if ground.on_cpu else ground.memory) - ground.base - state
-    fits = int(max(0, ground.kept.tokens_within(room)) / work.per_review)
+    fits = ground.kept.tokens_within(room) / work.per_review
     # ranks on one CPU share its cores and its memory's bandwidth
     tokens, share = (work.total, ranks) if ground.on_cpu else (work.busiest, 1)
     seconds = ground.rates.fixed * share + ground.rates.per_token * tokens
@@ -297,7 +302,7 @@ def report(
 
 
 def _fits(row: Row) -> str:
-    return "any" if row.fits > 10**6 else str(row.fits) if row.fits else "NONE"
+    return "any" if row.fits > 10**6 else str(int(row.fits)) if row.fits >= 1 else "NONE"
 
 
 def run_seconds(tokens: TokenCache, ground: Ground, row: Row) -> float:
