@@ -60,12 +60,36 @@ def test_a_launch_that_fails_is_quoted(tmp_path: Path) -> None:
     assert "nonsense" in finding.text
 
 
-def test_ranks_that_do_not_meet_are_ended() -> None:
-    with pytest.raises(RanksError, match="did not meet in 2 s"):
-        ask("hello.py", LAUNCH_FOLDER / "cpu2.yaml", 3, seconds=2)
-    for process in psutil.process_iter(["cmdline"]):
-        line = process.info["cmdline"] or []
-        assert not ("3" in line and str(ROOT / "toolkit" / "hello.py") in line), line
+def test_ranks_that_say_nothing_are_ended(tmp_path: Path) -> None:
+    """The launcher and its ranks, which are in sessions of their own."""
+    program = tmp_path / "silent.py"
+    program.write_text(
+        "import os, pathlib, time\n"
+        "pathlib.Path(__file__).with_name(os.environ['RANK']).write_text(str(os.getpid()))\n"
+        "time.sleep(300)\n"
+    )
+    with pytest.raises(RanksError, match="no answer in 15 s"):
+        ask(program, LAUNCH_FOLDER / "cpu2.yaml", 2, seconds=15)
+    for rank in "01":
+        pid = int((tmp_path / rank).read_text())
+        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("raise ConfigError(['a is bad', 'b is worse'])", "2 problems .*: - a is bad - b is worse"),
+        ("import signal; os.kill(os.getpid(), signal.SIGKILL)", "killed: is there enough memory"),
+        ("print(ANSWER + '{')", "cannot read the answer"),
+        ("", "."),
+    ],
+)
+def test_why_there_is_no_answer(body: str, expected: str, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    imports = "import os\nfrom toolkit.errors import ConfigError\nfrom toolkit.ranks import *\n"
+    program.write_text(f"{imports}def main():\n    {body or 'pass'}\nrun(main)\n")
+    with pytest.raises(RanksError, match=expected):
+        ask(program, LAUNCH_FOLDER / "cpu2.yaml", 2, seconds=60)
 
 
 def test_a_disk_without_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

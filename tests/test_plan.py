@@ -88,14 +88,14 @@ def test_steps_are_timed_with_the_ranks_that_were_asked_for(
     """Under the real launcher, of this very run; where that fails, the plan says why and counts."""
     asked: list[tuple[Any, ...]] = []
 
-    def ask(program: str, launch: Path, ranks: int, *flags: str, seconds: float) -> dict[str, Any]:
+    def ask(program: Path, launch: Path, ranks: int, *flags: str, seconds: float) -> dict[str, Any]:
         asked.append((launch.stem, ranks, flags))
         if launch.stem == "zero3":
             raise RanksError("the ranks fell out")
         return ranks_module.ask(program, launch, ranks, *flags, seconds=seconds)
 
     monkeypatch.setattr(plan_module, "ask", ask)
-    assert main([*tiny_flags, "--launches", "ddp", "zero2", "zero3"]) == 0
+    assert main([*tiny_flags, "--launches", "ddp,zero2,zero3"]) == 0
     said = capsys.readouterr().out
     assert asked == [(name, 2, tuple(tiny_flags)) for name in ("cpu2", "zero2", "zero3")]
     steps = dict(re.findall(r"^(\w+)\.yaml .* ([\d.]+ ms.)", said, re.MULTILINE))
@@ -158,7 +158,7 @@ def test_wrong_flags_are_named_together(capsys: pytest.CaptureFixture[str]) -> N
     assert "4 problems" in said
     for part in (
         "--tflops got 0, allowed is more than 0",
-        "--launches got gpu, allowed are ddp, zero1",
+        "--launches got 'gpu', allowed are ddp,zero1",
         "nowhere.yaml, which is no",
         "batch_sise",
     ):

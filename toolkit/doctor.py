@@ -19,7 +19,7 @@ from urllib.parse import urlparse
 from toolkit.config import RunConfig, cache_dir
 from toolkit.console import complain, say
 from toolkit.network import why_unreachable
-from toolkit.ranks import LAUNCH_FOLDER, RanksError, ask
+from toolkit.ranks import LAUNCH_FOLDER, PROGRAMS, RanksError, ask
 from toolkit.record.tracking import wandb_mode, wandb_url
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,9 +138,10 @@ def hello(launch: Path, num_processes: int | None) -> Iterator[Finding]:
                     "warning", f"no {tool}, with which DeepSpeed compiles: install {tool}"
                 )
     try:
-        facts = ask("hello.py", launch, num_processes, seconds=HELLO_SECONDS)
+        facts = ask(PROGRAMS / "hello.py", launch, num_processes, seconds=HELLO_SECONDS)
     except RanksError as error:
-        yield Finding("FAILURE", f"{launch.name}: {error}")
+        hint = "if the ranks cannot meet: main_process_ip, ports, firewall, num_processes"
+        yield Finding("FAILURE", f"{launch.name}: {error}; {hint}")
         return
     size = facts["world_size"]
     text = f"{launch.name}: {size} x {facts['device']} ({facts['distributed_type']})"

@@ -1,9 +1,5 @@
-"""Started by `doctor` under a launch config: do the ranks meet, and can they take a step together?
+"""Started by `doctor` under a launch config: do the ranks meet, and can they take a step together?"""
 
-Prints one line of JSON on the main process.
-"""
-
-import json
 import sys
 from pathlib import Path
 
@@ -12,9 +8,8 @@ if __package__ in (None, ""):
 
 import torch
 
-from toolkit.console import say
 from toolkit.engine.runtime import Runtime
-from toolkit.ranks import ANSWER
+from toolkit.ranks import answer, run
 
 
 def main() -> None:
@@ -23,7 +18,7 @@ def main() -> None:
     take_step(runtime)
     total = runtime.sum(torch.tensor(float(runtime.rank))).item()
     if runtime.is_main:
-        say(ANSWER + json.dumps(runtime.describe() | {"sum_of_ranks": total}))
+        answer(runtime.describe() | {"sum_of_ranks": total})
     runtime.end()
 
 
@@ -36,4 +31,4 @@ def take_step(runtime: Runtime) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -26,7 +26,7 @@ from toolkit.experiments.plan import costs
 from toolkit.experiments.states import duration
 from toolkit.experiments.sweep import load, runs
 from toolkit.prepare import prepare_data
-from toolkit.ranks import LAUNCH_FOLDER, RanksError, ask
+from toolkit.ranks import LAUNCH_FOLDER, PROGRAMS, RanksError, ask
 
 if TYPE_CHECKING:
     from toolkit.engine.estimate import Activations, Kind, Rates
@@ -110,14 +110,21 @@ def _options(argv: list[str]) -> tuple[argparse.Namespace, RunConfig, list[str]]
     )
     made.add_argument("--num_processes", type=int, default=2, help="ranks that share the work")
     made.add_argument(
-        "--launches", nargs="+", default=[*LAUNCHES], help=f"which of {', '.join(LAUNCHES)}"
+        "--launches",
+        type=lambda text: text.split(","),
+        default=[*LAUNCHES],
+        help=f"some of {','.join(LAUNCHES)}",
     )
     made.add_argument("--memory_gb", type=float, help="of a device, in GiB; default: what is here")
     made.add_argument("--tflops", type=float, help="training rate of a device; default: timed here")
     made.add_argument(
         "--bandwidth_gb", type=float, default=1000, help="its memory's, with --tflops"
     )
-    made.add_argument("--link_gb", type=float, help="GB/s between ranks; default: no limit")
+    made.add_argument(
+        "--link_gb",
+        type=float,
+        help="GB/s between ranks, where steps are counted; default: no limit",
+    )
     made.add_argument("--sweep", type=Path, help="sum up this sweep's runs, too")
     made.add_argument("--price", type=float, help="of a device for an hour")
     options, flags = made.parse_known_args(argv)
@@ -128,7 +135,7 @@ def _options(argv: list[str]) -> tuple[argparse.Namespace, RunConfig, list[str]]
         if value is not None and not value > 0
     ]
     problems += [
-        f"--launches got {name}, allowed are {', '.join(LAUNCHES)}"
+        f"--launches got {name!r}, allowed are {','.join(LAUNCHES)}"
         for name in options.launches
         if name not in LAUNCHES
     ]
@@ -147,15 +154,22 @@ def rehearse(options: argparse.Namespace, flags: list[str]) -> dict[str, float]:
     """Take a few steps of the run under each launch config; return seconds of one by launch file."""
     import torch
 
+    from toolkit.engine.runtime import is_on_cpu
+
     ranks, gpus = options.num_processes, torch.cuda.device_count()
-    if ranks > gpus > 0:
+    if not is_on_cpu() and ranks > gpus:
         say(f"{gpus} GPUs here: steps of {ranks} ranks are counted, not timed")
+        return {}
     timed = {}
-    for launch in launch_files(options, on_cpu=not gpus) if ranks <= gpus or not gpus else ():
+    for launch in launch_files(options, on_cpu=is_on_cpu()):
         say(f"timing steps of {ranks} processes, {launch} ...")
         try:
             answer = ask(
-                "rehearsal.py", LAUNCH_FOLDER / launch, ranks, *flags, seconds=REHEARSAL_SECONDS
+                PROGRAMS / "rehearsal.py",
+                LAUNCH_FOLDER / launch,
+                ranks,
+                *flags,
+                seconds=REHEARSAL_SECONDS,
             )
         except RanksError as error:
             say(f"  not timed: {error}")

@@ -1,29 +1,40 @@
-"""Start a small program of ours under a launch config, and hear what its main process says."""
+"""Start a small program of ours under a launch config, and hear what its main process says.
+
+Such a program ends with `run(main)`, and its main process calls `answer` once.
+"""
 
 import json
 import os
-import signal
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-LAUNCH_FOLDER = Path(__file__).resolve().parent.parent / "launch"
+import psutil
+
+from toolkit.console import say
+
+PROGRAMS = Path(__file__).resolve().parent
+LAUNCH_FOLDER = PROGRAMS.parent / "launch"
 ANSWER = "answer of the ranks: "
-"""What stands before the one line of JSON that such a program prints."""
+"""What stands before the answer, one line of JSON among what libraries print."""
 
 
 class RanksError(Exception):
-    """The ranks did not start, did not meet in time, or failed; says why in a line."""
+    """The ranks did not start, failed or said nothing in time; says why in a line."""
 
 
 def ask(
-    program: str, launch: Path, num_processes: int | None, *flags: str, seconds: float
+    program: Path, launch: Path, num_processes: int | None, *flags: str, seconds: float
 ) -> dict[str, Any]:
-    """Run a program of this folder on all ranks and return its answer.
+    """Run a program on all ranks and return its answer; none of its processes is left behind.
 
     Args:
-        program: file name in this folder.
+        program: such a program.
         launch: launch config.
         num_processes: instead of the launch config's.
         flags: the program's.
@@ -35,27 +46,55 @@ def ask(
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", str(launch)]
     command += ["--num_processes", str(num_processes)] if num_processes else []
-    command += [str(Path(__file__).with_name(program)), *flags]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, start_new_session=True, **pipes)
+    process = subprocess.Popen([*command, str(program), *flags], start_new_session=True, **pipes)
     try:
         output, errors = process.communicate(timeout=seconds)
-    except BaseException as error:
-        os.killpg(process.pid, signal.SIGKILL)  # the ranks too
-        process.wait()
-        if isinstance(error, subprocess.TimeoutExpired):
-            text = f"the ranks did not meet in {seconds:.0f} s"
-            hint = "check main_process_ip, ports, firewall, num_processes"
-            raise RanksError(f"{text}: {hint}") from error
-        raise
+    except subprocess.TimeoutExpired as error:
+        raise RanksError(f"no answer in {seconds:.0f} s") from error
+    finally:
+        _end(process)
     answers = [line for line in output.splitlines() if line.startswith(ANSWER)]
     if process.returncode or not answers:
-        raise RanksError(_last_error(errors))
-    return json.loads(answers[-1].removeprefix(ANSWER))
+        raise RanksError(_reason(errors))
+    try:
+        return json.loads(answers[-1].removeprefix(ANSWER))
+    except ValueError as error:
+        raise RanksError(f"cannot read the answer {answers[-1]!r}") from error
 
 
-def _last_error(text: str) -> str:
-    """Return the line that says most: the first error that is not the launcher's own."""
-    lines = [line.split("]: ", 1)[-1].strip() for line in text.splitlines()]
-    errors = [line for line in lines if "Error: " in line and "ChildFailed" not in line]
-    return (errors or lines or ["no output"])[0]
+def _end(process: "subprocess.Popen[str]") -> None:
+    """Kill what still runs: the launcher, and its ranks, which have sessions of their own."""
+    if process.poll() is None:
+        launcher = psutil.Process(process.pid)
+        for one in [*launcher.children(recursive=True), launcher]:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+        process.wait()
+
+
+def _reason(errors: str) -> str:
+    """Return what says most: the first error that is not the launcher's own, with its list."""
+    lines = [line.split("]: ", 1)[-1].strip() for line in errors.splitlines()]
+    for number, line in enumerate(lines):
+        if "Error: " in line and "ChildFailed" not in line:
+            problems = takewhile(lambda line: line.startswith("- "), lines[number + 1 :])
+            return " ".join([line, *problems])
+    if "SIGKILL" in errors:
+        return "a rank was killed: is there enough memory?"
+    return (lines or ["no output"])[0]
+
+
+def answer(values: dict[str, Any]) -> None:
+    """Say what `ask` returns."""
+    say(ANSWER + json.dumps(values))
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run such a program; one that fails leaves at once (its process group may hang: `Runtime.end`)."""
+    try:
+        main()
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)

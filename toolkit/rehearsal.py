@@ -3,7 +3,6 @@
 Answers with the seconds.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -11,12 +10,11 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # as in train.py
 
 from toolkit.config import parse, part
-from toolkit.console import say
 from toolkit.engine.estimate import step_seconds
 from toolkit.engine.runtime import Runtime
 from toolkit.model.classifier import ClassifierSpec, build_classifier
 from toolkit.prepare import prepare_data
-from toolkit.ranks import ANSWER
+from toolkit.ranks import answer, run
 from toolkit.run import make_trainer
 
 
@@ -29,10 +27,10 @@ def main() -> None:
     trainer = make_trainer(config, tokens, runtime, model)
     seconds = step_seconds(trainer)
     if runtime.is_main:
-        say(ANSWER + json.dumps({"seconds": seconds}))
+        answer({"seconds": seconds})
     del trainer, model
     runtime.end()
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -52,7 +52,7 @@ class Runtime:
         cpu_threads: int | None = None,
         rank_timeout: float = 120,
     ) -> None:
-        on_cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+        on_cpu = is_on_cpu()
         if on_cpu:
             torch.set_num_threads(cpu_threads or _fair_threads())
         self.precision = precision
@@ -323,6 +323,11 @@ class Runtime:
         self.accelerator.free_memory()
         gc.collect()
         self.accelerator.end_training()
+
+
+def is_on_cpu() -> bool:
+    """Tell whether a process that starts here computes on the CPU."""
+    return not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def _accelerator(on_cpu: bool, rank_timeout: float) -> Accelerator:
