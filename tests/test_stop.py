@@ -46,6 +46,22 @@ def test_raising_interrupts() -> None:
             time.sleep(5)
 
 
+def test_a_signal_just_before_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The handler has run, when nothing was to be raised yet; the thread has not come to note it."""
+    note = Stop._note
+
+    def slowly(stop: Stop, number: int) -> None:
+        time.sleep(1)
+        note(stop, number)
+
+    monkeypatch.setattr(Stop, "_note", slowly)
+    with Stop() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not stop.requested
+        with pytest.raises(Preempted), stop.raising():
+            time.sleep(2)
+
+
 @pytest.mark.parametrize("late", [True, False])
 def test_leaving_where_no_handler_gets_to_run(late: bool) -> None:
     """As in torch's meeting of the ranks; or asked just before it."""

@@ -45,6 +45,8 @@ class Stop:
         """A file whose appearance is a request too; it is removed when it is noted. So is the one
         that TOOLKIT_STOP_FILE names: a batch script does not always know the run folder."""
         self._raises = False
+        self._was_handled = False
+        """A handler has run; `requested`, which a thread sets, may come a moment later."""
         self._last_words: Callable[[], None] | None = None
         self._by_file = False
         self._signal = 0
@@ -82,7 +84,7 @@ class Stop:
         """Let a request raise `Preempted` in the block."""
         self._raises = True
         try:
-            if self.requested:
+            if self._was_handled:
                 raise Preempted
             yield
         finally:
@@ -116,6 +118,7 @@ class Stop:
         return self.requested and (by_template or scheduler.takes_the_place())
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._was_handled = True
         if self._raises:
             raise Preempted
 
