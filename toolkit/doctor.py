@@ -140,8 +140,7 @@ def hello(launch: Path, num_processes: int | None) -> Iterator[Finding]:
     try:
         facts = ask(PROGRAMS / "hello.py", launch, num_processes, seconds=HELLO_SECONDS)
     except RanksError as error:
-        hint = "if the ranks cannot meet: main_process_ip, ports, firewall, num_processes"
-        yield Finding("FAILURE", f"{launch.name}: {error}; {hint}")
+        yield Finding("FAILURE", f"{launch.name}: {error}")
         return
     size = facts["world_size"]
     text = f"{launch.name}: {size} x {facts['device']} ({facts['distributed_type']})"

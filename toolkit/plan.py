@@ -182,8 +182,8 @@ def launch_files(options: argparse.Namespace, *, on_cpu: bool) -> dict[str, "Kin
     """Return the launch files that share the work among ranks, and what they do."""
     if options.num_processes == 1:
         return {}
-    names = {name: "cpu2" if on_cpu and name == "ddp" else name for name in options.launches}
-    return {f"{file}.yaml": LAUNCHES[name] for name, file in names.items()}
+    ddp = "cpu2" if on_cpu else "ddp"
+    return {f"{ddp if n == 'ddp' else n}.yaml": LAUNCHES[n] for n in options.launches}
 
 
 def survey(

@@ -51,7 +51,8 @@ def ask(
     try:
         output, errors = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired as error:
-        raise RanksError(f"no answer in {seconds:.0f} s") from error
+        hint = "check main_process_ip, ports, firewall, num_processes, or is it only slow?"
+        raise RanksError(f"no answer in {seconds:.0f} s: {hint}") from error
     finally:
         _end(process)
     answers = [line for line in output.splitlines() if line.startswith(ANSWER)]

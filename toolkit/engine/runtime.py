@@ -109,10 +109,7 @@ class Runtime:
             settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
             count = sum(whole_shape(parameter).numel() for parameter in model.parameters())
             Zero.configure(settings, max_norm, count)
-        sparse = self.device.type == "cpu" and not self.is_zero and not keeps_gradients
-        lookups = Lookups(model, embeddings(model) if sparse else {})
-        for weight in lookups.weights:  # DDP, which leaves them alone, would have done so
-            Replicas.put(weight, self._whole_from_main(weight, weight.detach()))
+        lookups = self._lookups(model, keeps_gradients)
         with warnings.catch_warnings():  # Accelerate 1.15 has no other name for it yet
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
             prepared, prepared_optimizer = self.accelerator.prepare(model, optimizer)
@@ -122,6 +119,14 @@ class Runtime:
             assert isinstance(self.strategy, Replicas), "DeepSpeed runs no compiled model"
             self.strategy.keep_gradients()
         return prepared, prepared_optimizer
+
+    def _lookups(self, model: nn.Module, keeps_gradients: bool) -> Lookups:
+        """Take over embeddings where that pays and nobody else has to know of their gradients."""
+        pays = self.device.type == "cpu" and not self.is_zero and not keeps_gradients
+        lookups = Lookups(model, embeddings(model) if pays else {})
+        for weight in lookups.weights:  # DDP, which leaves them alone, would have done so
+            Replicas.put(weight, self._whole_from_main(weight, weight.detach()))
+        return lookups
 
     def unwrap(self, model: nn.Module) -> Any:
         """Return the model without what distribution wrapped around it; autocast stays."""
