@@ -86,9 +86,14 @@ def make_trainer(split: TokenSplit, encoder: Path, **settings: Any) -> "Trainer"
     config = replace(RunConfig(batch_size=16, precision="fp32", max_steps=3), **settings)
     runtime = Runtime(config.precision, 1)
     model, _ = build_classifier(part(ClassifierSpec, config), encoder, ("neg", "pos"))
+    if config.compile:
+        model.compile_encoder()
     optim = part(OptimSpec, config)
     prepared, optimizer = runtime.prepare(
-        model, build_optimizer(model, optim), max_norm=config.max_grad_norm
+        model,
+        build_optimizer(model, optim),
+        max_norm=config.max_grad_norm,
+        compiled=config.compile,
     )
     prepared.train()
     stream = part(Stream, config, num_rows=len(split))

@@ -101,7 +101,7 @@ def make_trainer(
         model,
         build_optimizer(model, optim),
         max_norm=config.max_grad_norm,
-        keeps_gradients=config.compile,
+        compiled=config.compile,
     )
     train_split = tokens.splits["train"]
     trainer = Trainer(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,13 @@ class Replicas:
     """Forward, backward and update of a model that is whole on each rank."""
 
     def __init__(
-        self, accelerator: Any, model: Any, optimizer: Any, max_norm: float, lookups: Lookups
+        self,
+        accelerator: Any,
+        model: Any,
+        optimizer: Any,
+        max_norm: float,
+        lookups: Lookups,
+        compiled: bool,
     ) -> None:
         self.accelerator = accelerator
         self.model = model
@@ -35,8 +41,8 @@ class Replicas:
         self.optimizer: torch.optim.Optimizer = optimizer.optimizer
         self.max_norm = max_norm
         self.ready = watch_gradients(self.plain)
-        self.keeps_gradients = False
         self.lookups = lookups
+        self.compiled = compiled
 
     def precision_plan(self) -> dict[str, str]:
         """Say in which precision what is kept, as found in the objects themselves."""
@@ -50,16 +56,22 @@ class Replicas:
             "optimizer_state": f"{dtypes(moments(self.optimizer))}, whole on each rank",
         }
 
-    def micro_step(self, last: bool) -> AbstractContextManager[None]:
+    @contextmanager
+    def micro_step(self, last: bool) -> Iterator[None]:
         """Leave gradients on this rank until the last micro-batch of a step."""
         self.ready.clear()
-        return nullcontext() if last else self.accelerator.no_sync(self.model)
+        parameters = self.plain.parameters()
+        first = self.compiled and all(parameter.grad is None for parameter in parameters)
+        with nullcontext() if last else self.accelerator.no_sync(self.model):
+            yield
+        if first and not last:
+            self._own_gradients()
 
-    def keep_gradients(self) -> None:
-        """See `Runtime.prepare`."""
-        self.keeps_gradients = True
+    def _own_gradients(self) -> None:
+        """Take gradients out of the memory of a captured CUDA graph, which its next replay writes over."""
         for parameter in self.plain.parameters():
-            parameter.grad = torch.zeros_like(parameter)
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.clone()
 
     def can_rejoin(self) -> bool:
         """See `Runtime.can_rejoin`."""
@@ -94,7 +106,7 @@ class Replicas:
         optimizer.grad_scale = ((norm + 1e-6) / self.max_norm).clamp(min=1)
         optimizer.found_inf = norm.isfinite().logical_not().float()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=not self.keeps_gradients)
+        optimizer.zero_grad()
         self.lookups.clear()
         return norm
 

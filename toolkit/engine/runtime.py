@@ -90,7 +90,7 @@ class Runtime:
         optimizer: torch.optim.Optimizer,
         *,
         max_norm: float,
-        keeps_gradients: bool = False,
+        compiled: bool = False,
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Put model and optimizer on this process's device and join them with the other ranks'.
 
@@ -98,8 +98,7 @@ class Runtime:
             model: the model; it computes under autocast from now on, if that is the precision.
             optimizer: its optimizer.
             max_norm: clip the gradient's norm to this; infinity does not clip.
-            keeps_gradients: clear gradients in place. Otherwise the first of a step may be a tensor of a
-                captured CUDA graph, which the next micro-batch writes over.
+            compiled: the encoder is; then gradients may lie in the memory of a captured CUDA graph.
         """
         bf16 = self.precision == "bf16"
         # Not Accelerate's: under DeepSpeed that would mean bf16 parameters, another arithmetic than
@@ -109,20 +108,20 @@ class Runtime:
             settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
             count = sum(whole_shape(parameter).numel() for parameter in model.parameters())
             Zero.configure(settings, max_norm, count)
-        lookups = self._lookups(model, keeps_gradients)
+        assert not (compiled and self.is_zero), "DeepSpeed runs no compiled model"
+        lookups = self._lookups(model, compiled)
         with warnings.catch_warnings():  # Accelerate 1.15 has no other name for it yet
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
             prepared, prepared_optimizer = self.accelerator.prepare(model, optimizer)
         parts = self.accelerator, prepared, prepared_optimizer, max_norm
-        self.strategy: Replicas | Zero = Zero(*parts) if self.is_zero else Replicas(*parts, lookups)
-        if keeps_gradients:
-            assert isinstance(self.strategy, Replicas), "DeepSpeed runs no compiled model"
-            self.strategy.keep_gradients()
+        self.strategy: Replicas | Zero = (
+            Zero(*parts) if self.is_zero else Replicas(*parts, lookups, compiled)
+        )
         return prepared, prepared_optimizer
 
-    def _lookups(self, model: nn.Module, keeps_gradients: bool) -> Lookups:
-        """Take over embeddings where that pays and nobody else has to know of their gradients."""
-        pays = self.device.type == "cpu" and not self.is_zero and not keeps_gradients
+    def _lookups(self, model: nn.Module, compiled: bool) -> Lookups:
+        """Take over embeddings where that pays and no compiled graph has them in it."""
+        pays = self.device.type == "cpu" and not self.is_zero and not compiled
         lookups = Lookups(model, embeddings(model) if pays else {})
         for weight in lookups.weights:  # DDP, which leaves them alone, would have done so
             Replicas.put(weight, self._whole_from_main(weight, weight.detach()))

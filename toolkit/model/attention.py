@@ -62,7 +62,8 @@ def attend(
         return sdpa_attention_forward(module, *inputs, attention_mask, **options)
     assert dropout == 0.0, "attention dropout has no packed back end; the classifier turns it off"
     if has_varlen(query_BHTK):
-        query_THK, key_THK, value_THK = (x[0].transpose(0, 1) for x in inputs)
+        # a view: the gradient of x[0] would be copied into zeros
+        query_THK, key_THK, value_THK = (x.squeeze(0).transpose(0, 1) for x in inputs)
         cuts: Any = (bounds, bounds, longest, longest)
         packed_THK: Any = varlen_attn(query_THK, key_THK, value_THK, *cuts, scale=scaling)
         return packed_THK.unsqueeze(0), None

@@ -50,7 +50,6 @@ class HeadClassifier(BertPreTrainedModel):
         )
         self.head = build_head(config.head, config.hidden_size, len(config.id2label or {}), options)
         self.token_keys, self.sequence_keys = DropoutKeys(), DropoutKeys()
-        self.is_compiled = False
         layers = replace_dropout(self.bert, self.token_keys)
         replace_dropout(self.head, self.sequence_keys, first_layer=layers)
         self.post_init()
@@ -66,27 +65,21 @@ class HeadClassifier(BertPreTrainedModel):
             super()._init_weights(module)
 
     def compile_encoder(self, **options: Any) -> None:
-        """Let the encoder's layers be compiled when they first run; names of weights stay.
-
-        What changes from batch to batch becomes a variable in the second compilation. (Told beforehand
-        that shapes are dynamic, torch 2.13 makes variables of our dropout's rates, too, which then live
-        on the CPU, and captures nothing.)
+        """Let all but the head be compiled when it first runs; names of weights stay.
 
         Args:
             options: of `torch.compile`.
         """
-        encoder: Any = self.bert.encoder
-        forward, keys = encoder.forward, self.token_keys
-
-        def with_keys(*args: Any, dropout_keys: Tensor, **kwargs: Any) -> Any:
-            # as an argument: what hangs on a module is taken for a tensor that never moves, and another
-            # graph is captured whenever it did
-            keys.value = dropout_keys
-            return forward(*args, **kwargs)
-
         defaults = {"mode": "reduce-overhead"} if torch.cuda.is_available() else {}
-        encoder.forward = torch.compile(with_keys, **defaults | options)
-        self.is_compiled = True
+        compiled = torch.compile(self.encode, **defaults | options)
+
+        def encode(**inputs: Any) -> Tensor:
+            # otherwise the first sizes are taken for constants, and the next batch has all compiled again
+            for name in ("input_ids", "position_ids", "bounds", "dropout_keys"):
+                torch._dynamo.maybe_mark_dynamic(inputs[name], inputs[name].dim() - 1)
+            return compiled(**inputs)
+
+        self.encode = encode
         # it would cut the encoder at DDP's buckets, into graphs that pass numbers to each other
         torch._dynamo.config.optimize_ddp = False
 
@@ -116,24 +109,45 @@ class HeadClassifier(BertPreTrainedModel):
         Returns:
             `logits` (S, C), and `loss` if there are labels.
         """
-        self.token_keys.value = dropout_keys
+        pooled_SD = self.encode(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            bounds=bounds,
+            longest=longest,
+            dropout_keys=dropout_keys,
+        )
         self.sequence_keys.value = None if dropout_keys is None else _firsts(dropout_keys, bounds)
-        packing: dict[str, Any] = {}
-        if bounds is not None:
-            packing = {"bounds": bounds, "longest": longest}
-        if self.is_compiled:
-            packing["dropout_keys"] = dropout_keys
-        encoded = self.bert(input_ids, attention_mask, token_type_ids, position_ids, **packing)
-        pooled_SD = encoded.pooler_output
-        if bounds is not None:  # BERT pooled the first token of the pack only
-            pooler = self.bert.pooler
-            assert pooler is not None
-            pooled_SD = pooler(_firsts(encoded.last_hidden_state, bounds).unsqueeze(1))
         # the head costs next to nothing; in bf16 its logits would have three digits
         with torch.autocast(pooled_SD.device.type, enabled=False):
             logits_SC = self.head(pooled_SD.to(next(self.head.parameters()).dtype))
         loss = None if labels is None else functional.cross_entropy(logits_SC.float(), labels)
         return SequenceClassifierOutput(loss=loss, logits=logits_SC)
+
+    def encode(
+        self,
+        *,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        bounds: Tensor | None,
+        longest: int,
+        dropout_keys: Tensor | None,
+    ) -> Tensor:
+        """Return what BERT pools of each sequence, (S, D); arguments as in `forward`.
+
+        What changes from batch to batch is an argument: a tensor that hung on a module would be taken for one
+        that never moves, and another CUDA graph captured whenever it did.
+        """
+        self.token_keys.value = dropout_keys
+        inputs = input_ids, attention_mask, token_type_ids, position_ids
+        if bounds is None:
+            return self.bert(*inputs).pooler_output
+        encoded = self.bert(*inputs, bounds=bounds, longest=longest)
+        # BERT itself pooled the first token of the pack only
+        return self.bert.pooler(_firsts(encoded.last_hidden_state, bounds).unsqueeze(1))
 
 
 def _firsts(x: Tensor, bounds: Tensor | None) -> Tensor:
