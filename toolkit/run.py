@@ -3,6 +3,7 @@
 import os
 import time
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -114,7 +115,10 @@ def make_trainer(
         spec=part(LoopSpec, config, max_tokens=training_tokens(config, runtime)),
         optim=optim,
     )
-    runtime.warm_up(lambda model: stand_in_loss(trainer, model))
+    # a compiled model would be compiled for the few tokens of a stand-in, and again for the first batch
+    as_it_stands = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
+    with as_it_stands:
+        runtime.warm_up(lambda model: stand_in_loss(trainer, model))
     return trainer
 
 

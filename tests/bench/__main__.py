@@ -177,10 +177,10 @@ def summary(turns: list[dict[str, Any]], peaks: dict[str, float], flops: float) 
         shown["contenders"][name] = {
             key: spread([turn[name][key] for turn in turns]) for key in turns[0][name]
         }
-        if "ours" in turns[0]:
+        for mine in [own for own in turns[0] if own.startswith("ours")]:
             for key in ("tokens_per_s", "eval_reviews_per_s", "peak_MiB"):
-                ratios = [turn["ours"][key] / turn[name][key] for turn in turns]
-                shown["contenders"][name][f"ours / it, {key}"] = spread(ratios)
+                ratios = [turn[mine][key] / turn[name][key] for turn in turns]
+                shown["contenders"][name][f"{mine} / it, {key}"] = spread(ratios)
     for name, figures in shown["contenders"].items():
         rate = peaks["fp32" if name in IN_FP32 else "bf16"]
         figures["share"] = round(figures["tokens_per_s"]["median"] * flops / rate, 3)

@@ -168,11 +168,14 @@ def accelerate_loop(
 
 def best_flags(**more: Any) -> dict[str, Any]:
     """Return the Trainer's settings that make it fastest, as its documentation advises."""
+    # where the device computes, rows are collated beside it; on a CPU that would take its cores
+    workers = {"dataloader_num_workers": 4, "dataloader_persistent_workers": True}
     return {
         "bf16": True,
         "train_sampling_strategy": "group_by_length",
         "optim": "adamw_torch_fused",
         "multiple": 8,
+        **(workers if torch.cuda.is_available() else {}),
         **more,
     }
 

@@ -68,7 +68,7 @@ class Replicas:
             self._own_gradients()
 
     def _own_gradients(self) -> None:
-        """Take gradients out of the memory of a captured CUDA graph, which its next replay writes over."""
+        """Move gradients from the memory of a CUDA graph, which its next replay writes over."""
         for parameter in self.plain.parameters():
             if parameter.grad is not None:
                 parameter.grad = parameter.grad.clone()

@@ -71,7 +71,8 @@ class HeadClassifier(BertPreTrainedModel):
             options: of `torch.compile`.
         """
         defaults = {"mode": "reduce-overhead"} if torch.cuda.is_available() else {}
-        compiled = torch.compile(self.encode, **defaults | options)
+        model: Any = self
+        compiled = torch.compile(model.encode, **defaults | options)
 
         def encode(**inputs: Any) -> Tensor:
             # otherwise the first sizes are taken for constants, and the next batch has all compiled again
@@ -79,7 +80,7 @@ class HeadClassifier(BertPreTrainedModel):
                 torch._dynamo.maybe_mark_dynamic(inputs[name], inputs[name].dim() - 1)
             return compiled(**inputs)
 
-        self.encode = encode
+        model.encode = encode
         # it would cut the encoder at DDP's buckets, into graphs that pass numbers to each other
         torch._dynamo.config.optimize_ddp = False
 
@@ -138,16 +139,17 @@ class HeadClassifier(BertPreTrainedModel):
     ) -> Tensor:
         """Return what BERT pools of each sequence, (S, D); arguments as in `forward`.
 
-        What changes from batch to batch is an argument: a tensor that hung on a module would be taken for one
-        that never moves, and another CUDA graph captured whenever it did.
+        What changes from batch to batch is an argument: a tensor that hung on a module would be taken for
+        one that never moves, and another CUDA graph captured whenever it did.
         """
         self.token_keys.value = dropout_keys
         inputs = input_ids, attention_mask, token_type_ids, position_ids
         if bounds is None:
             return self.bert(*inputs).pooler_output
         encoded = self.bert(*inputs, bounds=bounds, longest=longest)
-        # BERT itself pooled the first token of the pack only
-        return self.bert.pooler(_firsts(encoded.last_hidden_state, bounds).unsqueeze(1))
+        pooler = self.bert.pooler
+        assert pooler is not None  # BERT itself pooled the first token of the pack only
+        return pooler(_firsts(encoded.last_hidden_state, bounds).unsqueeze(1))
 
 
 def _firsts(x: Tensor, bounds: Tensor | None) -> Tensor:
