@@ -189,7 +189,17 @@ def test_readme_names_real_things() -> None:
     assert len(set(files)) >= 8
     assert all((ROOT / name).exists() for name in files)
     flags = set(re.findall(r"--([a-z][a-z_]+)", text)) - {"config_file", "num_processes", "help"}
-    flags -= {"cpu", "config", "print_config", "rows", "launch", "launches", "kills", "out", "repeats"}
+    flags -= {
+        "cpu",
+        "config",
+        "print_config",
+        "rows",
+        "launch",
+        "launches",
+        "kills",
+        "out",
+        "repeats",
+    }
     flags -= {"jobs", "throttle", "rate", "retry_failed", "search", "sampler", "trials"}  # of sweep
     flags -= {"array", "gpus", "time"}  # of sbatch
     assert len(flags) >= 15

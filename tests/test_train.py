@@ -4,7 +4,10 @@ import csv
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet
@@ -17,6 +20,7 @@ from transformers import AutoTokenizer
 
 from tests.programs import TRAIN, launch, run_python
 from toolkit.config import RunConfig
+from toolkit.run import gains_by_compiling
 from toolkit.train import main
 
 
@@ -391,3 +395,23 @@ def test_bf16_is_close_to_fp32_over_fp32_weights(
         assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     difference = np.abs(np.array(losses["bf16"]) - losses["fp32"])
     assert 0 < difference.max() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("device", "settings", "padded", "steps", "expected"),
+    [
+        ("cuda", {}, False, 10_000, True),
+        ("cpu", {}, False, 10_000, False),
+        ("cuda", {"compile": True}, False, 10_000, False),
+        ("cuda", {}, True, 10_000, False),
+        ("cuda", {}, False, 300, False),
+    ],
+)
+def test_who_is_told_of_compile(
+    device: str, settings: dict[str, Any], padded: bool, steps: int, expected: bool
+) -> None:
+    runtime: Any = SimpleNamespace(device=torch.device(device), is_zero=False)
+    config = replace(RunConfig(), **settings)
+    assert gains_by_compiling(config, runtime, padded, steps) == expected
+    runtime.is_zero = True
+    assert not gains_by_compiling(config, runtime, padded, steps)

@@ -141,8 +141,8 @@ class RunConfig:
     """packed: no padding. padded: stock BERT. auto: packed, but for fp32 on a GPU and for GPUs older than
     Ampere, which have no kernel for it."""
     compile: bool = option(False, identity=False)
-    """Compile the encoder, and capture it in CUDA graphs: for small batches on a GPU. On a CPU it takes a
-    minute to begin with, and gains 4 %."""
+    """Compile all but the head, and capture it in CUDA graphs: for runs of thousands of steps on a GPU.
+    Compiling takes a minute. On a CPU it gains 4 %."""
     seed: int = option(0, "[0, 4294967295]")
     """Seed of head weights, row order and dropout."""
 

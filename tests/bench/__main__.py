@@ -162,8 +162,10 @@ def main() -> None:
         turns: list[dict[str, dict[str, Any]]] = []
         for seed in range(options.repeats):
             options.seed = seed
-            turns.append({name: measure(name, options, tokens) for name in options.only})
-            say(json.dumps(turns[-1]))
+            turns.append({})
+            for name in options.only:
+                turns[-1][name] = measure(name, options, tokens)
+                say(json.dumps({name: turns[-1][name]}))
         figures = summary(turns, peaks, limits.flops_of(encoder, tokens.splits["train"]))
     say(json.dumps(figures, indent=2))
     if options.out:

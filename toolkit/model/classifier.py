@@ -83,6 +83,10 @@ class HeadClassifier(BertPreTrainedModel):
         model.encode = encode
         # it would cut the encoder at DDP's buckets, into graphs that pass numbers to each other
         torch._dynamo.config.optimize_ddp = False
+        if (
+            torch.cuda.is_available()
+        ):  # it complains of a graph for each size, which is what we want
+            torch._inductor.config.triton.cudagraph_dynamic_shape_warn_limit = None
 
     def forward(
         self,
