@@ -70,7 +70,8 @@ class HeadClassifier(BertPreTrainedModel):
         Args:
             options: of `torch.compile`.
         """
-        defaults = {"mode": "reduce-overhead"} if torch.cuda.is_available() else {}
+        on_gpu = torch.cuda.is_available()
+        defaults = {"mode": "reduce-overhead"} if on_gpu else {}
         model: Any = self
         compiled = torch.compile(model.encode, **defaults | options)
 
@@ -83,9 +84,7 @@ class HeadClassifier(BertPreTrainedModel):
         model.encode = encode
         # it would cut the encoder at DDP's buckets, into graphs that pass numbers to each other
         torch._dynamo.config.optimize_ddp = False
-        if (
-            torch.cuda.is_available()
-        ):  # it complains of a graph for each size, which is what we want
+        if on_gpu:  # it complains of a graph for each size, which is what we want
             torch._inductor.config.triton.cudagraph_dynamic_shape_warn_limit = None
 
     def forward(
