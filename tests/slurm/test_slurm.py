@@ -42,7 +42,7 @@ def test_an_array_gives_what_the_local_runner_gives(bench: Bench) -> None:
 
     Three tasks at a time on two nodes: two of them share one.
     """
-    said = bench.sweep("submit", "--throttle", "3", "--cpus-per-task=1", "--time=5")
+    said = bench.sweep("submit", "--throttle", "3", "--cpus-per-task=1", "--time=10")
     assert "Submitted 4 of 4 runs as array" in said
     job = said.split("array ")[1].split()[0]
     assert "Nothing is missing" in bench.sweep("submit")
@@ -68,13 +68,13 @@ def test_a_run_gets_the_cores_of_its_job(bench: Bench) -> None:
     """Neither more nor fewer."""
     for cores in (1, 2):
         flags = [f"--run_id=on-{cores}", "--cpu_threads=None", "--max_steps=2"]
-        bench.wait(bench.train(f"--cpus-per-task={cores}", "--time=5", flags=flags))
+        bench.wait(bench.train(f"--cpus-per-task={cores}", "--time=10", flags=flags))
         facts = json.loads((bench.run_folder(f"on-{cores}") / "run.json").read_text())
         assert facts["cpu_threads"] == cores, bench.logs()
 
 
 def test_two_nodes(bench: Bench) -> None:
-    job = bench.train("--nodes=2", "--cpus-per-task=1", "--time=5", flags=["--run_id=two"])
+    job = bench.train("--nodes=2", "--cpus-per-task=1", "--time=10", flags=["--run_id=two"])
     bench.wait(job)
     assert bench.status("two")["status"] == "completed", bench.logs()
     facts = json.loads((bench.run_folder("two") / "run.json").read_text())
