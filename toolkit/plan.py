@@ -244,7 +244,8 @@ def _stated(
     from toolkit.engine import estimate
 
     sizes = shape.num_hidden_layers, shape.hidden_size, shape.intermediate_size
-    flops = estimate.token_flops(*sizes, trainer.train.offsets)
+    offsets, packed = trainer.train.offsets, not trainer.padded
+    flops = estimate.token_flops(*sizes, offsets, packed=packed)
     return estimate.stated(options.tflops, options.bandwidth_gb, flops, parameters)
 
 

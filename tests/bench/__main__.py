@@ -166,15 +166,22 @@ def main() -> None:
             for name in options.only:
                 turns[-1][name] = measure(name, options, tokens)
                 say(json.dumps({name: turns[-1][name]}))
-        figures = summary(turns, peaks, limits.flops_of(encoder, tokens.splits["train"]))
+        train = tokens.splits["train"]
+        flops = [limits.flops_of(encoder, train, packed=packed) for packed in (False, True)]
+        figures = summary(turns, peaks, *flops)
     say(json.dumps(figures, indent=2))
     if options.out:
         options.out.write_text(json.dumps(figures | {"turns": turns}, indent=2) + "\n")
 
 
-def summary(turns: list[dict[str, Any]], peaks: dict[str, float], flops: float) -> dict[str, Any]:
-    """Return medians and ranges of every figure, and our ratios to the others."""
-    shown: dict[str, Any] = {"limits": peaks, "flops_per_token": flops, "contenders": {}}
+def summary(
+    turns: list[dict[str, Any]], peaks: dict[str, float], theirs: float, ours: float
+) -> dict[str, Any]:
+    """Return medians and ranges of every figure, and our ratios to the others.
+
+    `theirs` and `ours` are the operations that a token takes.
+    """
+    shown: dict[str, Any] = {"limits": peaks, "flops_per_token": [theirs, ours], "contenders": {}}
     for name in turns[0]:
         shown["contenders"][name] = {
             key: spread([turn[name][key] for turn in turns]) for key in turns[0][name]
@@ -185,6 +192,7 @@ def summary(turns: list[dict[str, Any]], peaks: dict[str, float], flops: float) 
                 shown["contenders"][name][f"{mine} / it, {key}"] = spread(ratios)
     for name, figures in shown["contenders"].items():
         rate = peaks["fp32" if name in IN_FP32 else "bf16"]
+        flops = ours if name.startswith("ours") else theirs
         figures["share"] = round(figures["tokens_per_s"]["median"] * flops / rate, 3)
     return shown
 

@@ -45,11 +45,12 @@ def _best_seconds(work: object) -> float:
     return best
 
 
-def flops_of(encoder: Path, split: TokenSplit) -> float:
+def flops_of(encoder: Path, split: TokenSplit, *, packed: bool) -> float:
     """Return the operations that a token of a split needs, forward and backward."""
     config = json.loads((encoder / "config.json").read_text())
     width, inner = config["hidden_size"], config["intermediate_size"]
-    return token_flops(config["num_hidden_layers"], width, inner, split.offsets)
+    layers = config["num_hidden_layers"]
+    return token_flops(layers, width, inner, split.offsets, packed=packed)
 
 
 if __name__ == "__main__":

@@ -248,7 +248,9 @@ def stated(tflops: float, bandwidth_gb: float, flops_per_token: float, parameter
     return Rates(update, flops_per_token / (tflops * 1e12), source)
 
 
-def token_flops(layers: int, width: int, inner: int, offsets: np.ndarray) -> float:
+def token_flops(
+    layers: int, width: int, inner: int, offsets: np.ndarray, *, packed: bool = False
+) -> float:
     """Return the operations that a token needs, forward and backward, in matrix products.
 
     6 for each weight of the encoder's linear layers, and 12 x features x length for attention, whose
@@ -259,10 +261,13 @@ def token_flops(layers: int, width: int, inner: int, offsets: np.ndarray) -> flo
         width: features of a token.
         inner: units of the feed-forward layers.
         offsets: (N + 1,) places that cut the split's tokens into reviews.
+        packed: behind the last layer's attention there are first tokens only, next to none.
     """
     lengths = np.diff(offsets).astype(float)
     mean_length = float((lengths**2).sum() / lengths.sum())
-    return 6 * layers * (4 * width * width + 2 * width * inner) + 12 * layers * width * mean_length
+    after_attention = width * width + 2 * width * inner
+    weights = layers * (3 * width * width + after_attention) - packed * after_attention
+    return 6 * weights + 12 * layers * width * mean_length
 
 
 def communication_bytes(kind: Kind, parameters: int, ranks: int) -> float:

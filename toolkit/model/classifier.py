@@ -16,8 +16,9 @@ from transformers.utils import logging as transformers_logging
 
 from toolkit.errors import DataError
 from toolkit.model import attention
-from toolkit.model.dropout import DropoutKeys, replace_dropout
+from toolkit.model.dropout import DropoutKeys, replace_dropout, share_keys
 from toolkit.model.heads import HeadOptions, build_head
+from toolkit.model.last_layer import LastLayer, firsts
 
 
 class HeadClassifierConfig(BertConfig):
@@ -45,12 +46,15 @@ class HeadClassifier(BertPreTrainedModel):
     def __init__(self, config: HeadClassifierConfig) -> None:
         super().__init__(config)
         self.bert = BertModel(config)
+        last = config.num_hidden_layers - 1
+        self.bert.encoder.layer[last] = LastLayer(config, last)
         options = HeadOptions(
             config.head_width, config.head_depth, config.head_activation, config.head_dropout
         )
         self.head = build_head(config.head, config.hidden_size, len(config.id2label or {}), options)
-        self.token_keys, self.sequence_keys = DropoutKeys(), DropoutKeys()
+        self.token_keys, self.last_keys, self.sequence_keys = (DropoutKeys() for _ in range(3))
         layers = replace_dropout(self.bert, self.token_keys)
+        share_keys(self.bert.encoder.layer[last], self.last_keys)
         replace_dropout(self.head, self.sequence_keys, first_layer=layers)
         self.post_init()
 
@@ -77,7 +81,7 @@ class HeadClassifier(BertPreTrainedModel):
 
         def encode(**inputs: Any) -> Tensor:
             # otherwise the first sizes are taken for constants, and the next batch has all compiled again
-            for name in ("input_ids", "position_ids", "bounds", "dropout_keys"):
+            for name in ("input_ids", "position_ids", "bounds", "dropout_keys", "first_keys"):
                 torch._dynamo.maybe_mark_dynamic(inputs[name], inputs[name].dim() - 1)
             return compiled(**inputs)
 
@@ -113,6 +117,8 @@ class HeadClassifier(BertPreTrainedModel):
         Returns:
             `logits` (S, C), and `loss` if there are labels.
         """
+        first_keys = None if dropout_keys is None else firsts(dropout_keys, bounds)
+        self.sequence_keys.value = first_keys
         pooled_SD = self.encode(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -121,8 +127,8 @@ class HeadClassifier(BertPreTrainedModel):
             bounds=bounds,
             longest=longest,
             dropout_keys=dropout_keys,
+            first_keys=first_keys,
         )
-        self.sequence_keys.value = None if dropout_keys is None else _firsts(dropout_keys, bounds)
         # the head costs next to nothing; in bf16 its logits would have three digits
         with torch.autocast(pooled_SD.device.type, enabled=False):
             logits_SC = self.head(pooled_SD.to(next(self.head.parameters()).dtype))
@@ -139,28 +145,24 @@ class HeadClassifier(BertPreTrainedModel):
         bounds: Tensor | None,
         longest: int,
         dropout_keys: Tensor | None,
+        first_keys: Tensor | None,
     ) -> Tensor:
         """Return what BERT pools of each sequence, (S, D); arguments as in `forward`.
+
+        `first_keys` (S,) are the dropout keys of first tokens.
 
         What changes from batch to batch is an argument: a tensor that hung on a module would be taken for
         one that never moves, and another CUDA graph captured whenever it did.
         """
         self.token_keys.value = dropout_keys
+        self.last_keys.value = dropout_keys if bounds is None else first_keys
         inputs = input_ids, attention_mask, token_type_ids, position_ids
         if bounds is None:
             return self.bert(*inputs).pooler_output
         encoded = self.bert(*inputs, bounds=bounds, longest=longest)
         pooler = self.bert.pooler
-        assert pooler is not None  # BERT itself pooled the first token of the pack only
-        return pooler(_firsts(encoded.last_hidden_state, bounds).unsqueeze(1))
-
-
-def _firsts(x: Tensor, bounds: Tensor | None) -> Tensor:
-    """Return the entries of each sequence's first token: (S, L, ...) or (1, T, ...) -> (S, ...)."""
-    if bounds is None:
-        return x[:, 0]
-    # empty sequences, which keep shapes few, may begin behind the last token
-    return x[0].index_select(0, bounds[:-1].clamp(max=x.shape[1] - 1))
+        assert pooler is not None  # BERT itself pooled the first sequence only
+        return pooler(encoded.last_hidden_state.squeeze(0).unsqueeze(1))
 
 
 @dataclass(frozen=True)

@@ -81,3 +81,10 @@ def replace_dropout(module: nn.Module, keys: DropoutKeys, first_layer: int = 0) 
                 setattr(parent, name, KeyedDropout(child.p, layer, keys))
                 layer += 1
     return layer
+
+
+def share_keys(module: nn.Module, keys: DropoutKeys) -> None:
+    """Let the `KeyedDropout` of a module read other keys; their numbers stay."""
+    for layer in module.modules():
+        if isinstance(layer, KeyedDropout):
+            layer.keys = keys
