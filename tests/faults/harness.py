@@ -78,17 +78,19 @@ class Subject:
 
     def workers(self) -> list[psutil.Process]:
         """The trainers of this run that live, by rank; the launcher is not among them."""
-        found = []
-        for process in psutil.process_iter(["cmdline"]):
+        found = {}
+        for process in psutil.process_iter(["cmdline", "ppid", "status"]):
             line = process.info["cmdline"] or []
             if f"--output_dir={self.runs}" in line and "launch" not in line:
-                found.append(process)
-        return sorted(found, key=_rank)
+                found[process.pid] = process
+        # a trainer that starts another program is two of the same for a moment
+        first = [process for process in found.values() if process.info["ppid"] not in found]
+        return sorted(first, key=_rank)
 
     def stopped_ranks(self) -> list[int]:
         """The ranks that a fault has stopped."""
         trainers = self.workers()
-        return [r for r, p in enumerate(trainers) if p.status() == psutil.STATUS_STOPPED]
+        return [r for r, p in enumerate(trainers) if p.info["status"] == psutil.STATUS_STOPPED]
 
     def wait_for(self, condition: Callable[[], bool], seconds: float = 60) -> None:
         """Poll until something is so."""
