@@ -22,7 +22,7 @@ from toolkit.engine.loop import (
     micro_batches,
     train_step,
 )
-from toolkit.engine.optim import build_optimizer
+from toolkit.engine.optim import build_optimizer, set_rates
 from toolkit.engine.runtime import Runtime
 from toolkit.model import attention
 from toolkit.run import training_tokens
@@ -74,6 +74,7 @@ def test_an_update_is_torchs(max_norm: float, split, tiny_encoder: Path) -> None
     """Clipped within the update, as by `clip_grad_norm_` before it."""
     trainer = make_trainer(split, tiny_encoder, max_grad_norm=max_norm)
     model = trainer.runtime.unwrap(trainer.model)
+    set_rates(trainer.optimizer, 1.0)  # warming up left them at 0
     add_gradients(trainer, micro_batches(trainer, 0), 16, Wants())
     theirs = copy.deepcopy(model)
     for mine, other in zip(model.parameters(), theirs.parameters(), strict=True):
@@ -191,3 +192,13 @@ def test_tokens_of_a_micro_batch(said: dict[str, int], device: str, expected: in
     here = Runtime("fp32", 1)
     here.device = torch.device(device)
     assert training_tokens(replace(RunConfig(), **said), here) == expected
+
+
+def test_nothing_is_compiled_for_a_stand_in(split, tiny_encoder: Path) -> None:
+    """Compiling for its few tokens took half a minute on a GPU, and again for the first batch."""
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    trainer = make_trainer(split, tiny_encoder, compile=True, precision="bf16")
+    assert trainer.runtime.updates() == 0, "the optimizer is settled"
+    assert not counters["frames"]

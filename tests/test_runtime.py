@@ -57,3 +57,21 @@ def test_draws_are_a_function_of_seed_step_and_rank() -> None:
         runtime.seed_step(seed, step)
         assert draws[seed, step, rank] == tuple(torch.rand(3).tolist())
     assert len(set(draws.values())) == 4
+
+
+def test_gradients_do_not_stay_where_a_graph_writes_again() -> None:
+    """A captured CUDA graph hands out its own memory; only the first of several micro-batches copies."""
+    for compiled, copies in ((True, [True, False, False]), (False, [False] * 3)):
+        runtime = Runtime("fp32", 1)
+        model = torch.nn.Linear(3, 1)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        prepared, _ = runtime.prepare(model, optimizer, max_norm=1.0, compiled=compiled)
+        found = []
+        for last in (False, False, True):
+            with runtime.micro_step(last=last):
+                runtime.backward(prepared(torch.ones(2, 3)).sum(), 1)
+                [inside] = [p.grad for p in model.parameters() if p.dim() == 2]
+            found.append(model.weight.grad is not inside)
+            assert torch.equal(model.weight.grad, inside)
+        assert found == copies
+        assert torch.equal(model.weight.grad, torch.full((1, 3), 6.0))

@@ -75,29 +75,15 @@ def build_cache(spec: DataSpec, encoder: Path, cache: Path) -> TokenCache:
 
 
 def make_trainer(split: TokenSplit, encoder: Path, **settings: Any) -> "Trainer":
-    """Join a model of one process, its optimizer and rows for the loop; `settings` are a run's."""
+    """Join a model of one process with a run's settings and these rows."""
     from toolkit.config import RunConfig, part
-    from toolkit.data.steps import Stream
-    from toolkit.engine.loop import LoopSpec, Trainer
-    from toolkit.engine.optim import OptimSpec, build_optimizer
     from toolkit.engine.runtime import Runtime
     from toolkit.model.classifier import ClassifierSpec, build_classifier
+    from toolkit.run import make_trainer as join
 
     config = replace(RunConfig(batch_size=16, precision="fp32", max_steps=3), **settings)
     runtime = Runtime(config.precision, 1)
     model, _ = build_classifier(part(ClassifierSpec, config), encoder, ("neg", "pos"))
-    if config.compile:
-        model.compile_encoder()
-    optim = part(OptimSpec, config)
-    prepared, optimizer = runtime.prepare(
-        model,
-        build_optimizer(model, optim),
-        max_norm=config.max_grad_norm,
-        compiled=config.compile,
-    )
-    prepared.train()
-    stream = part(Stream, config, num_rows=len(split))
-    padded = config.batching == "padded"
-    return Trainer(
-        runtime, prepared, optimizer, split, stream, padded, part(LoopSpec, config), optim
-    )
+    trainer = join(config, TokenCache(Path(), {}, {"train": split}), runtime, model)
+    trainer.model.train()
+    return trainer

@@ -142,7 +142,7 @@ class RunConfig:
     Ampere, which have no kernel for it."""
     compile: bool = option(False, identity=False)
     """Compile all but the head, and capture it in CUDA graphs: for runs of thousands of steps on a GPU.
-    Compiling takes a minute. On a CPU it gains 4 %."""
+    Compiling takes a minute. On a CPU there is little to gain."""
     seed: int = option(0, "[0, 4294967295]")
     """Seed of head weights, row order and dropout."""
 

@@ -34,7 +34,7 @@ PEERS = ("run_classification", "trainer_dynamic", "trainer_best", "accelerate_lo
 CONTENDERS = ("ours", *PEERS)
 IN_FP32 = ("run_classification", "trainer_dynamic", "accelerate_loop")
 ON_A_GPU = ("ours_compiled", "trainer_compiled")
-"""On a CPU the lengths make the Trainer's model compile again and again, and ours gains 4 %."""
+"""On a CPU the lengths make the Trainer's model compile again and again, and ours gained 4 %, once."""
 LOG_EVERY = 5
 SHAPE_ONLY = "bert-base-shape"
 """BERT-base with random weights: there may be no hub."""
