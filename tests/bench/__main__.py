@@ -1,6 +1,6 @@
 """How fast are we, next to the Hugging Face Trainer and to Accelerate's example loop?
 
-    python -m tests.bench --repeats 5 --out figures.json           about half an hour on two cores
+    python -m tests.bench --repeats 5 --rows 192                   20 minutes on two cores
     python -m tests.bench --encoder bert-base-shape --rows 12800 --batch_size 32      on a GPU
 
 All train the same rows with the same encoder, tokens, batch size, epochs, rate and threads, each run
@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 
-from tests.bench import limits
-from tests.bench.overhead import spread
+from tests.bench import limits, report
 from tests.bench.reviews import write_hub_folder
 from tests.programs import TRAIN, run_for_peak
 from toolkit.assets import MINILM, TOKENIZER_FILES, fetch
 from toolkit.config import RunConfig, cache_dir, parse
 from toolkit.console import say
 from toolkit.data.cache import TokenCache
+from toolkit.files import write_json
 from toolkit.prepare import prepare_data
 
 PEERS = ("run_classification", "trainer_dynamic", "trainer_best", "accelerate_loop")
@@ -127,8 +127,8 @@ def peer(name: str, options: argparse.Namespace) -> dict[str, Any]:
     return {"peak": peak} | json.loads(text.splitlines()[-1])
 
 
-def measure(name: str, options: argparse.Namespace, tokens: TokenCache) -> dict[str, Any]:
-    """Run one contender; return rates, loss, accuracy and peak memory."""
+def measure(name: str, options: argparse.Namespace, tokens: TokenCache) -> dict[str, float]:
+    """Run one contender; return rates, loss, accuracy, padding's share and peak memory."""
     found = ours(name, options) if name.startswith("ours") else peer(name, options)
     train = tokens.splits["train"]
     count = int(train.offsets[-1])
@@ -138,19 +138,33 @@ def measure(name: str, options: argparse.Namespace, tokens: TokenCache) -> dict[
         "eval_reviews_per_s": options.test_rows / found["eval_seconds"],
         "loss": found["loss"],
         "accuracy": found["accuracy"],
+        "padding": found["padding"],
         "peak_MiB": found.get("memory", found["peak"] / 2**20),
     }
 
 
+def take_turns(options: argparse.Namespace, tokens: TokenCache) -> list[report.Turn]:
+    """Run every contender in turn, with another seed each time; print what came out at once."""
+    turns: list[report.Turn] = []
+    for seed in range(options.repeats):
+        options.seed = seed
+        turns.append({})
+        for name in options.only:
+            turns[-1][name] = measure(name, options, tokens)
+            say(json.dumps({name: turns[-1][name]}))
+    return turns
+
+
 def main() -> None:
-    """Measure all, print a table and write JSON."""
+    """Measure all, write JSON and print tables."""
     parser = shared_parser()
     parser.add_argument("--repeats", type=int, default=5)
     default = CONTENDERS + (ON_A_GPU if torch.cuda.is_available() else ())
     parser.add_argument("--only", nargs="+", choices=CONTENDERS + ON_A_GPU, default=default)
     parser.add_argument("--test_rows", type=int, default=320)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("bench.json"), help="all figures as JSON")
     options = parser.parse_args()
+    options.out.parent.mkdir(parents=True, exist_ok=True)  # not found out half an hour later
     with tempfile.TemporaryDirectory() as scratch:
         options.folder = Path(scratch)
         prepare_encoder(options)
@@ -159,42 +173,16 @@ def main() -> None:
         write_hub_folder(cache_dir(RunConfig()), hub, options.rows + 2, options.test_rows)
         tokens, encoder = prepare_data(config_of(options))
         peaks = limits.measure(options.threads)
-        turns: list[dict[str, dict[str, Any]]] = []
-        for seed in range(options.repeats):
-            options.seed = seed
-            turns.append({})
-            for name in options.only:
-                turns[-1][name] = measure(name, options, tokens)
-                say(json.dumps({name: turns[-1][name]}))
+        turns = take_turns(options, tokens)
         train = tokens.splits["train"]
-        flops = [limits.flops_of(encoder, train, packed=packed) for packed in (False, True)]
-        figures = summary(turns, peaks, *flops)
-    say(json.dumps(figures, indent=2))
-    if options.out:
-        options.out.write_text(json.dumps(figures | {"turns": turns}, indent=2) + "\n")
-
-
-def summary(
-    turns: list[dict[str, Any]], peaks: dict[str, float], theirs: float, ours: float
-) -> dict[str, Any]:
-    """Return medians and ranges of every figure, and our ratios to the others.
-
-    `theirs` and `ours` are the operations that a token takes.
-    """
-    shown: dict[str, Any] = {"limits": peaks, "flops_per_token": [theirs, ours], "contenders": {}}
-    for name in turns[0]:
-        shown["contenders"][name] = {
-            key: spread([turn[name][key] for turn in turns]) for key in turns[0][name]
+        flops = {
+            name: limits.flops_of(encoder, train, packed=name == "ours")
+            for name in ("ours", "theirs")
         }
-        for mine in [own for own in turns[0] if own.startswith("ours")]:
-            for key in ("tokens_per_s", "eval_reviews_per_s", "peak_MiB"):
-                ratios = [turn[mine][key] / turn[name][key] for turn in turns]
-                shown["contenders"][name][f"{mine} / it, {key}"] = spread(ratios)
-    for name, figures in shown["contenders"].items():
-        rate = peaks["fp32" if name in IN_FP32 else "bf16"]
-        flops = ours if name.startswith("ours") else theirs
-        figures["share"] = round(figures["tokens_per_s"]["median"] * flops / rate, 3)
-    return shown
+    figures = report.summary(turns, peaks, flops, IN_FP32)
+    write_json(options.out, figures | {"turns": turns})
+    report.show(figures)
+    say(f"\nAll of it, ranges and turns included: {options.out}")
 
 
 if __name__ == "__main__":

@@ -60,8 +60,26 @@ def collator(multiple: int, length: int | None) -> Callable[[list[Row]], dict[st
     return collate
 
 
+class Counting(Trainer):
+    """Counts the places in the micro-batches that it trains on, padding included."""
+
+    places = 0
+
+    def training_step(
+        self, model: Any, inputs: dict[str, torch.Tensor], *rest: Any, **more: Any
+    ) -> torch.Tensor:
+        """Count, then train."""
+        self.places += inputs["input_ids"].numel()
+        return super().training_step(model, inputs, *rest, **more)
+
+
+def padding(train: TokenSplit, places: int) -> float:
+    """Return the share of padding in the places of two epochs."""
+    return 1 - 2 * int(train.offsets[-1]) / places
+
+
 class Clock(TrainerCallback):
-    """Notes when epochs end, and what the second one computed."""
+    """Notes when epochs end."""
 
     def __init__(self) -> None:
         self.ends = [0.0]
@@ -83,7 +101,7 @@ def trainer(
     model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
     clock = Clock()
     multiple, length = settings.pop("multiple", 1), settings.pop("length", None)
-    peer = Trainer(
+    peer = Counting(
         model=model,
         args=TrainingArguments(
             output_dir=str(options.folder),
@@ -116,6 +134,7 @@ def trainer(
         "eval_seconds": time.monotonic() - started,
         "loss": losses[-1],
         "accuracy": float(np.mean(right)),
+        "padding": padding(train, peer.places),
     }
 
 
@@ -138,10 +157,11 @@ def accelerate_loop(
     model, optimizer, loader, tests, schedule = accelerator.prepare(
         model, optimizer, loader, tests, schedule
     )
-    ends, losses = [], []
+    ends, losses, places = [], [], 0
     for _ in range(2):
         model.train()
         for batch in loader:
+            places += batch["input_ids"].numel()
             loss = model(**batch).loss
             accelerator.backward(loss)
             optimizer.step()
@@ -163,6 +183,7 @@ def accelerate_loop(
         "eval_seconds": time.monotonic() - started,
         "loss": float(torch.stack(losses[-10:]).mean()),
         "accuracy": right / len(test),
+        "padding": padding(train, places),
     }
 
 

@@ -1,0 +1,48 @@
+"""The benchmark's arithmetic: ratios are of one turn, and everything that was measured is shown."""
+
+import pytest
+
+from tests.bench import report
+
+RATES = {"fp32": 1e9, "bf16": 2e9, "bytes_per_s": 1e10}
+
+
+def turn(ours: float, peer: float) -> report.Turn:
+    """Make up a turn from two rates in tokens/s; ours takes half of the memory."""
+
+    def figures(rate: float, peak: float) -> dict[str, float]:
+        rates = {"reviews_per_s": rate / 100, "tokens_per_s": rate, "eval_reviews_per_s": rate / 50}
+        return rates | {"loss": 0.5, "accuracy": 0.875, "padding": 0.25, "peak_MiB": peak}
+
+    return {"ours": figures(ours, 500), "in_fp32": figures(peer, 1000)}
+
+
+def summarize(turns: list[report.Turn]) -> dict[str, dict[str, dict[str, float]]]:
+    flops = {"ours": 1e5, "theirs": 2e5}
+    return report.summary(turns, RATES, flops, ("in_fp32",))["contenders"]
+
+
+def test_ratios_are_of_one_turn() -> None:
+    """A machine that is slow in one turn changes no ratio, as it would that of medians."""
+    found = summarize([turn(4000, 2000), turn(300, 100), turn(8000, 1600)])["in_fp32"]
+    assert found["ours / it, tokens_per_s"] == {"median": 3.0, "min": 2.0, "max": 5.0}
+    assert found["ours / it, eval_reviews_per_s"] == {"median": 3.0, "min": 2.0, "max": 5.0}
+    assert found["ours / it, peak_MiB"] == {"median": 0.5, "min": 0.5, "max": 0.5}
+
+
+def test_share_is_of_what_one_does_at_the_rate_of_its_precision() -> None:
+    found = summarize([turn(4000, 2000)])
+    assert found["ours"]["share"]["median"] == pytest.approx(4000 * 1e5 / 2e9)
+    assert found["in_fp32"]["share"]["median"] == pytest.approx(2000 * 2e5 / 1e9)
+
+
+def test_all_figures_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    report.show({"contenders": summarize([turn(4000, 2000), turn(300, 100)])})
+    lines = capsys.readouterr().out.splitlines()
+    for title in [*report.FIGURES.values(), *report.RATIOS.values()]:
+        assert any(title in line for line in lines), f"{title} is not a column"
+    [ours] = [line for line in lines if line.startswith("ours ") and "over" not in line]
+    assert "2,150 (300 to 4,000)" in ours
+    peer, ratio = (line for line in lines if line.startswith("in_fp32"))
+    assert "0.25 (0.25 to 0.25)" in peer, "the share of padding"
+    assert "2.5 (2 to 3)" in ratio
