@@ -23,6 +23,16 @@ def run_python(*arguments: str | Path, **environment: str) -> subprocess.Complet
     )
 
 
+_WITH_PEAK = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[2:])
+with open(sys.argv[1], "w") as file:
+    file.write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
+sys.exit(code)
+"""
+"""A small process in between: a child inherits the peak of the process that starts it."""
+
+
 def run_for_peak(*arguments: str | Path) -> tuple[int, str]:
     """Run this interpreter; return the peak memory in bytes, and what it printed.
 
@@ -31,15 +41,12 @@ def run_for_peak(*arguments: str | Path) -> tuple[int, str]:
     Raises:
         RuntimeError: when it fails.
     """
-    with tempfile.TemporaryFile("w+") as out:
-        process = subprocess.Popen([sys.executable, *map(str, arguments)], stdout=out)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        out.seek(0)
-        text = out.read()
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(map(str, arguments))} failed:\n{text}")
-    return usage.ru_maxrss * 1024, text
+    with tempfile.NamedTemporaryFile("r") as peak:
+        command = [sys.executable, "-c", _WITH_PEAK, peak.name, sys.executable]
+        done = subprocess.run([*command, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(map(str, arguments))} failed:\n{done.stdout}")
+        return int(peak.read()) * 1024, done.stdout
 
 
 def launcher(processes: int, config: str | None = None) -> list[str]:

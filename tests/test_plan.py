@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.bench.plan import planned
-from tests.programs import TRAIN, launcher, run_for_peak
+from tests.programs import TRAIN, launcher, run_for_peak, run_python
 from toolkit import plan as plan_module
 from toolkit import ranks as ranks_module
 from toolkit.data.cache import TokenSplit
@@ -84,6 +84,19 @@ def test_memory_is_as_planned(tmp_path: Path, shared_cache: Path) -> None:
         assert plan[name][0] == pytest.approx(peak, rel=0.15), name
 
 
+def test_a_peak_is_not_that_of_the_process_before() -> None:
+    """Linux hands it down: a run that a large notebook starts would seem as large as the notebook."""
+    bytearray(2**30)  # touched, and given back at once
+    code = "import torch; from toolkit.engine.memory import peak_bytes"
+    code += "; print(peak_bytes(torch.device('cpu')))"
+    of_the_child, said = run_for_peak("-c", code)
+    assert 2**26 < of_the_child < 2**30
+    done = run_python("-c", code)
+    assert int(said) == pytest.approx(int(done.stdout), rel=0.1), (
+        "and the run says the same of itself"
+    )
+
+
 def test_steps_are_timed_with_the_ranks_that_were_asked_for(
     tiny_flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,13 +125,20 @@ def test_steps_are_timed_with_the_ranks_that_were_asked_for(
     assert "* counted, not timed" in said
 
 
+@pytest.mark.parametrize(("precision", "batching"), [("bf16", "packed"), ("fp32", "padded")])
 def test_a_stated_rate_starts_nothing(
-    tiny_flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    precision: str,
+    batching: str,
+    tiny_flags: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Of a device that is not here, so how much fits into it is not known either."""
     monkeypatch.setattr(plan_module, "ask", None)
-    assert main([*tiny_flags, "--tflops=1e-3", "--num_processes=4", "--link_gb=1"]) == 0
+    flags = [*tiny_flags, f"--precision={precision}", "--num_processes=4", "--link_gb=1"]
+    assert main([*flags, "--tflops=1e-3"]) == 0
     said = capsys.readouterr().out
+    assert f"steps of 16, {batching};" in said, "as a GPU takes them"
     rows = [line for line in said.splitlines() if ".yaml" in line]
     assert [row.split()[:2] for row in rows] == [
         ["gpu.yaml", "1"],
@@ -151,6 +171,15 @@ def test_memory_follows_the_micro_batch(
     largest = estimate.work(trainer, 1).largest
     assert largest == {"grad_accum": 160, "max_tokens": 160}.get("".join(flags), 640)
     assert kept.of(largest) == pytest.approx(300 + largest * 50)
+
+
+def test_what_a_gpu_does_not_compile_is_named(
+    tiny_flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*tiny_flags, "--tflops=1", "--compile", "--precision=fp32"]) == 2
+    assert (
+        "(here: cpu, fp32): set precision to bf16, or leave out compile" in capsys.readouterr().err
+    )
 
 
 def test_wrong_flags_are_named_together(capsys: pytest.CaptureFixture[str]) -> None:

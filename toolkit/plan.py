@@ -206,7 +206,8 @@ def survey(
     on_cpu = runtime.device.type == "cpu" and not options.tflops
     model, _ = build_classifier(part(ClassifierSpec, config), encoder, tokens.label_names)
     if options.tflops and config.batching == "auto":
-        config = replace(config, batching="padded")  # which it means on a GPU; we may not be on one
+        # what it means on a GPU, from Ampere on; we may not be on one
+        config = replace(config, batching="packed" if config.precision == "bf16" else "padded")
     trainer = make_trainer(config, tokens, runtime, model)
     if on_cpu:
         memory: float = psutil.virtual_memory().total

@@ -98,7 +98,10 @@ def make_trainer(
     if config.compile:
         if padded or not has_fast_packing(runtime.device, config.precision):
             raise ConfigError(
-                [f"compile needs packed reviews, which {runtime.device} runs in bf16 only"]
+                [
+                    "compile is for packed reviews, which a GPU takes in bf16, from Ampere on (here: "
+                    f"{runtime.device}, {config.precision}): set precision to bf16, or leave out compile"
+                ]
             )
         model.compile_encoder()
     prepared, optimizer = runtime.prepare(

@@ -5,17 +5,11 @@ backward pass, and how a step's rows are dealt to ranks. `python -m tests.bench.
 against runs.
 """
 
-import ctypes
-import gc
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -25,6 +19,7 @@ from torch import Tensor
 from toolkit.data.batches import Batch, make_batch
 from toolkit.data.steps import cost, deal, runs_within
 from toolkit.engine.loop import Progress, Trainer, Wants, deal_slots, summed_loss, train_step
+from toolkit.engine.memory import forget_peak, peak_bytes
 
 FLOAT = 4
 SAMPLE_STEPS = 20
@@ -184,11 +179,11 @@ def measure_scoring(trainer: Trainer, eval_tokens: int, standing: float) -> floa
     longest = np.argsort(-lengths, kind="stable")
     [(start, stop), *_] = runs_within(lengths[longest], eval_tokens, padded=trainer.padded)
     batch = make_batch(trainer.train, longest[start:stop], padded=trainer.padded)
-    _forget_peak(trainer.runtime.device)
+    forget_peak(trainer.runtime.device)
     trainer.model.eval()
     with torch.no_grad():
         summed_loss(trainer, batch)
-    return max(0.0, _peak_bytes(trainer.runtime.device) - standing)
+    return max(0.0, peak_bytes(trainer.runtime.device) - standing)
 
 
 def _run_steps(trainer: Trainer, batch_size: int) -> tuple[float, float, float]:
@@ -196,7 +191,7 @@ def _run_steps(trainer: Trainer, batch_size: int) -> tuple[float, float, float]:
     epochs = batch_size * (WARM_STEPS + TIMED_STEPS)  # enough, however few rows there are
     stream = replace(trainer.stream, batch_size=batch_size, epochs=epochs, max_steps=None)
     smaller = replace(trainer, stream=stream)
-    _forget_peak(trainer.runtime.device)
+    forget_peak(trainer.runtime.device)
     trainer.model.train()
     progress, seconds, before = Progress(), [], 0.0
     ahead: list[Batch] = []
@@ -207,29 +202,7 @@ def _run_steps(trainer: Trainer, batch_size: int) -> tuple[float, float, float]:
         ahead = train_step(smaller, progress, Wants(), ahead).ahead
         seconds.append(time.perf_counter() - started)
     tokens = (progress.recent.computed_tokens - before) / TIMED_STEPS
-    return tokens, statistics.median(seconds[WARM_STEPS:]), _peak_bytes(trainer.runtime.device)
-
-
-def _peak_bytes(device: torch.device) -> float:
-    """Return the most that was in use since `_forget_peak`."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():
-        [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-        return 1024 * int(line.split()[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, and never forgotten
-
-
-def _forget_peak(device: torch.device) -> None:
-    """Give freed memory back and begin to look for the peak anew."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
-        with suppress(AttributeError):  # not every C library has it
-            ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
+    return tokens, statistics.median(seconds[WARM_STEPS:]), peak_bytes(trainer.runtime.device)
 
 
 def stated(tflops: float, bandwidth_gb: float, flops_per_token: float, parameters: int) -> Rates:

@@ -6,7 +6,6 @@ to whole copies of the model (one process, DDP) is in `replicas`, to DeepSpeed's
 
 import gc
 import os
-import resource
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -35,6 +34,7 @@ from toolkit.data.batches import Batch
 from toolkit.data.hashing import key64
 from toolkit.engine.lookups import Lookups, embeddings
 from toolkit.engine.meeting import init_method
+from toolkit.engine.memory import peak_bytes
 from toolkit.engine.phases import Phases
 from toolkit.engine.replicas import MOMENTS, Replicas, State, set_updates, updates, whole_shape
 from toolkit.engine.zero import Zero
@@ -200,9 +200,7 @@ class Runtime:
 
     def peak_bytes(self) -> int:
         """Return the most memory that this process has used: the device's, or on a CPU the process's."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak_bytes(self.device)
 
     def step(self) -> Tensor:
         """Clip and apply the gradient, unless it is not finite, and forget it.

@@ -13,10 +13,10 @@ from torch.nn import functional
 
 
 class DropoutKeys:
-    """The keys of the micro-batch that is being computed, shared by the layers of one model.
+    """The keys of the micro-batch that is being computed, shared by layers that see the same tokens.
 
-    `value` is int32 with the shape of the activations without their last dimension, or None, which
-    means ordinary dropout (the model is used outside our training loop).
+    `value` is int32 and, with a dimension more, broadcasts to the activations; or None, which means
+    ordinary dropout (the model is used outside our training loop).
     """
 
     def __init__(self) -> None:
@@ -53,10 +53,10 @@ def keep_mask(keys: Tensor, units: int, p: float, layer: int) -> Tensor:
     int32 arithmetic, because torch has no unsigned one. `&` undoes the sign that `>>` drags along.
     """
     layer_keys = keys ^ _int32((layer + 1) * 0x9E3779B9)
-    unit_keys = torch.arange(1, units + 1, dtype=torch.int32, device=keys.device) * _int32(
-        0x85EBCA6B
-    )
-    bits = layer_keys.unsqueeze(-1) ^ unit_keys
+    # In int64: C++ may take it that a signed product never overflows. Of unit numbers, whose range it
+    # knows, g++ did, and a compiled backward pass had another mask than its forward (torch 2.13)
+    numbers = torch.arange(1, units + 1, dtype=torch.int64, device=keys.device)
+    bits = layer_keys.unsqueeze(-1) ^ (numbers * 0x85EBCA6B).to(torch.int32)
     bits *= _int32(0xCC9E2D51)
     bits ^= (bits >> 16) & 0xFFFF
     bits *= _int32(0xC2B2AE35)
