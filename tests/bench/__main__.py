@@ -1,6 +1,6 @@
 """How fast are we, next to the Hugging Face Trainer and to Accelerate's example loop?
 
-    python -m tests.bench --repeats 5 --rows 192                   20 minutes on two cores
+    python -m tests.bench --repeats 5 --rows 192                   24 minutes on two cores
     python -m tests.bench --encoder bert-base-shape --rows 12800 --batch_size 32      on a GPU
 
 All train the same rows with the same encoder, tokens, batch size, epochs, rate and threads, each run

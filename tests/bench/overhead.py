@@ -10,13 +10,13 @@ not spent in steps; `rate` is reviews/s in steps, over that of the run without W
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from tests.bench.report import spread
 from tests.programs import TRAIN
 from tests.wandb_server import serving
 from toolkit.console import say
@@ -78,17 +78,6 @@ def main() -> None:
         rates = [turn[case]["rate"] / turn["none"]["rate"] for turn in turns]
         shown[case] = {"outside": spread(outside), "rate": spread(rates)}
     say(json.dumps(shown, indent=2))
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Return median, lowest and highest."""
-    middle = statistics.median(values)
-    return {
-        name: round(x, 4)
-        for name, x in zip(
-            ("median", "min", "max"), (middle, min(values), max(values)), strict=True
-        )
-    }
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.__main__ import flags_of, prepare_encoder, shared_parser
-from tests.bench.overhead import spread
+from tests.bench.report import spread
 from tests.bench.reviews import write_hub_folder
 from tests.programs import TRAIN, launcher, run_for_peak
 from toolkit.config import RunConfig, cache_dir

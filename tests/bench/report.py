@@ -1,10 +1,10 @@
 """What came out of turns of several contenders: medians, ranges, our ratios to the others."""
 
+import statistics
 from typing import Any
 
 from rich.console import Console
 
-from tests.bench.overhead import spread
 from toolkit.console import say
 from toolkit.experiments.tables import to_table
 
@@ -51,6 +51,17 @@ def summary(
                 shown[_ratio(mine, key)] = spread(ratios)
         contenders[name] = shown
     return {"limits": rates, "flops_per_token": flops, "contenders": contenders}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Return median, lowest and highest."""
+    middle = statistics.median(values)
+    return {
+        name: round(x, 4)
+        for name, x in zip(
+            ("median", "min", "max"), (middle, min(values), max(values)), strict=True
+        )
+    }
 
 
 def is_ours(name: str) -> bool:
