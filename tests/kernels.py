@@ -13,46 +13,51 @@ def attend_by_hand(
     cu_seq_q: torch.Tensor,
     cu_seq_k: torch.Tensor,
     max_q: int,
-    *_: object,
+    max_k: int,
     **__: object,
 ) -> torch.Tensor:
     """What the kernel on a GPU computes, and what it expects, in a few lines."""
-    total, _, width = query.shape
-    assert cu_seq_q.dtype == torch.int32
-    assert torch.equal(cu_seq_q, cu_seq_k)
-    bounds = cu_seq_q.tolist()
-    assert bounds[0] == 0
-    assert bounds[-1] == total, "every token is in a sequence"
-    out = torch.zeros_like(query)
-    for start, stop in pairwise(bounds):
-        assert 0 <= stop - start <= max_q
-        scores = torch.einsum("thk,shk->hts", query[start:stop], key[start:stop]) / width**0.5
-        out[start:stop] = torch.einsum("hts,shk->thk", scores.softmax(-1), value[start:stop])
+    for bounds, longest, tokens in ((cu_seq_q, max_q, query), (cu_seq_k, max_k, key)):
+        assert bounds.dtype == torch.int32
+        assert (int(bounds[0]), int(bounds[-1])) == (0, len(tokens)), "each is in a sequence"
+        sizes = bounds.diff()
+        assert int(sizes.min()) >= 0
+        assert int(sizes.max()) <= longest
+    out = torch.zeros_like(query)  # of an empty sequence, too
+    for mine, theirs in sequences(cu_seq_q, cu_seq_k):
+        scores = torch.einsum("thk,shk->hts", query[mine], key[theirs]) / query.shape[2] ** 0.5
+        out[mine] = torch.einsum("hts,shk->thk", scores.softmax(-1), value[theirs])
     return out
+
+
+def sequences(cu_seq_q: torch.Tensor, cu_seq_k: torch.Tensor) -> list[tuple[slice, slice]]:
+    """Return where queries and keys of each sequence are."""
+    return [
+        (slice(*mine), slice(*theirs))
+        for mine, theirs in zip(
+            pairwise(cu_seq_q.tolist()), pairwise(cu_seq_k.tolist()), strict=True
+        )
+    ]
 
 
 def kernel_of_ours() -> None:
     """Give torch's operator, which has a kernel for GPUs only, one for CPUs, forward and backward."""
 
     def forward(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *_, **__):
-        out = attend_by_hand(query, key, value, cu_seq_q, cu_seq_k, max_q)
+        out = attend_by_hand(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
         return out, torch.zeros(query.shape[1], len(query)), torch.zeros(2, dtype=torch.uint64)
 
-    def backward(grad, query, key, value, out, lse, cu_seq_q, cu_seq_k, max_q, *_, **__):
+    def backward(grad, query, key, value, out, lse, cu_seq_q, cu_seq_k, *_, **__):
         scale = query.shape[-1] ** -0.5
         gradients = [torch.zeros_like(x) for x in (query, key, value)]
-        for start, stop in pairwise(cu_seq_q.tolist()):
-            q, k, v, g = (x[start:stop] for x in (query, key, value, grad))
+        for mine, theirs in sequences(cu_seq_q, cu_seq_k):
+            q, k, v, g = query[mine], key[theirs], value[theirs], grad[mine]
             weights = (torch.einsum("thk,shk->hts", q, k) * scale).softmax(-1)
             inner = weights * torch.einsum("thk,shk->hts", g, v)
             inner = (inner - weights * inner.sum(-1, keepdim=True)) * scale
-            terms = (
-                ("hts,shk->thk", inner, k),
-                ("hts,thk->shk", inner, q),
-                ("hts,thk->shk", weights, g),
-            )
-            for target, (equation, left, right) in zip(gradients, terms, strict=True):
-                target[start:stop] = torch.einsum(equation, left, right)
+            gradients[0][mine] = torch.einsum("hts,shk->thk", inner, k)
+            gradients[1][theirs] = torch.einsum("hts,thk->shk", inner, q)
+            gradients[2][theirs] = torch.einsum("hts,thk->shk", weights, g)
         return tuple(gradients)
 
     varlen._varlen_attn.register_kernel("cpu")(forward)

@@ -59,22 +59,27 @@ def test_packed_equals_padded(
     assert relative(packed[1], padded[1]) < 1e-5
 
 
-def test_the_last_layer_goes_on_with_first_tokens(
-    split, runtime: Runtime, tiny_encoder: Path
-) -> None:
-    """What nobody reads is not computed; that what is read stays the same, the test above says."""
+def test_the_last_layer_computes_what_is_read(split, runtime: Runtime, tiny_encoder: Path) -> None:
+    """Keys and values of all tokens, the rest of first ones; that logits stay, the test above says."""
     model, _ = build_classifier(ClassifierSpec(), tiny_encoder, NAMES)
     seen: dict[str, tuple[int, ...]] = {}
-    for number, layer in enumerate(model.bert.encoder.layer):
-        layer.intermediate.register_forward_pre_hook(
-            lambda _, inputs, n=number: seen.update({n: tuple(inputs[0].shape[:2])})
+    for name, layer in model.bert.encoder.layer.named_modules():
+        layer.register_forward_pre_hook(
+            lambda _, inputs, n=name: seen.update({n: tuple(inputs[0].shape[:2])} if inputs else {})
         )
+    names = ("attention.self.query", "attention.self.key", "attention.self.value", "intermediate")
+
+    def sizes(layer: int) -> list[tuple[int, ...]]:
+        return [seen[f"{layer}.{name}"] for name in names]
+
     batch = make_batch(split, np.arange(12), padded=False)
+    all_tokens, firsts = (1, batch.computed_tokens), (1, len(batch.bounds) - 1)
     model(**runtime.inputs(batch))
-    assert seen == {0: (1, batch.computed_tokens), 1: (1, len(batch.bounds) - 1)}
+    assert sizes(0) == [all_tokens] * 4
+    assert sizes(1) == [firsts, all_tokens, all_tokens, firsts]
     padded = make_batch(split, np.arange(12), padded=True)
     model(**runtime.inputs(padded))
-    assert seen == {0: padded.input_ids.shape, 1: padded.input_ids.shape}
+    assert sizes(0) == sizes(1) == [padded.input_ids.shape] * 4
 
 
 def test_padded_is_stock_bert(split, runtime: Runtime, tiny_encoder: Path) -> None:

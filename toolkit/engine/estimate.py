@@ -234,13 +234,13 @@ def token_flops(
         width: features of a token.
         inner: units of the feed-forward layers.
         offsets: (N + 1,) places that cut the split's tokens into reviews.
-        packed: behind the last layer's attention there are first tokens only, next to none.
+        packed: the last layer has keys and values of all tokens, the rest of first ones, next to none.
     """
     lengths = np.diff(offsets).astype(float)
     mean_length = float((lengths**2).sum() / lengths.sum())
-    after_attention = width * width + 2 * width * inner
-    weights = layers * (3 * width * width + after_attention) - packed * after_attention
-    return 6 * weights + 12 * layers * width * mean_length
+    whole, keys_and_values = 4 * width * width + 2 * width * inner, 2 * width * width
+    weights = (layers - packed) * whole + packed * keys_and_values
+    return 6 * weights + 12 * (layers - packed) * width * mean_length
 
 
 def communication_bytes(kind: Kind, parameters: int, ranks: int) -> float:

@@ -35,6 +35,7 @@ def attend(
     attention_mask: Tensor | None,
     bounds: Tensor | None = None,
     longest: int = 0,
+    one_query: bool = False,
     dropout: float = 0.0,
     scaling: float | None = None,
     **options: Any,
@@ -49,25 +50,30 @@ def attend(
         attention_mask: of padded rows.
         bounds: of packed ones; None means padded.
         longest: tokens that no packed sequence exceeds.
+        one_query: each packed sequence has one query, not one for each token.
         dropout: of attention weights; packed back ends have none.
         scaling: of the products of queries and keys; None means 1 / sqrt(K).
         options: for the padded reference.
 
     Returns:
-        (B, T, H, K) and, in the place of the weights, None.
+        (B, T, H, K), with `one_query` (1, S, H, K), zeros for empty sequences; and None in the place of
+        the weights.
     """
     inputs = query_BHTK, key_BHTK, value_BHTK
     if bounds is None:
         options |= {"dropout": dropout, "scaling": scaling}
         return sdpa_attention_forward(module, *inputs, attention_mask, **options)
     assert dropout == 0.0, "attention dropout has no packed back end; the classifier turns it off"
+    query_bounds, most = bounds, longest
+    if one_query:
+        query_bounds, most = torch.arange(len(bounds), dtype=bounds.dtype, device=bounds.device), 1
     if has_varlen(query_BHTK):
         # a view: the gradient of x[0] would be copied into zeros
         query_THK, key_THK, value_THK = (x.squeeze(0).transpose(0, 1) for x in inputs)
-        cuts: Any = (bounds, bounds, longest, longest)
+        cuts: Any = (query_bounds, bounds, most, longest)
         packed_THK: Any = varlen_attn(query_THK, key_THK, value_THK, *cuts, scale=scaling)
         return packed_THK.unsqueeze(0), None
-    return _one_by_one(*inputs, bounds, scaling), None
+    return _one_by_one(*inputs, query_bounds, bounds, scaling), None
 
 
 def has_varlen(query: Tensor) -> bool:
@@ -90,18 +96,28 @@ def _has_flash() -> bool:
 
 @torch.compiler.disable  # each batch has other lengths
 def _one_by_one(
-    query_1HTK: Tensor, key_1HTK: Tensor, value_1HTK: Tensor, bounds: Tensor, scaling: float | None
+    query_1HNK: Tensor,
+    key_1HTK: Tensor,
+    value_1HTK: Tensor,
+    query_bounds: Tensor,
+    bounds: Tensor,
+    scaling: float | None,
 ) -> Tensor:
-    """Attend in one sequence after the other; return (1, T, H, K)."""
-    inputs = [query_1HTK, key_1HTK, value_1HTK]
-    if query_1HTK.device.type == "cpu" and query_1HTK.requires_grad:
+    """Attend in one sequence after the other; return (1, N, H, K) for N queries."""
+    inputs = [query_1HNK, key_1HTK, value_1HTK]
+    if query_1HNK.device.type == "cpu" and query_1HNK.requires_grad:
         # the CPU's backward pass in bf16 takes four times as long as in fp32 (torch 2.13, NOTES.md)
         inputs = [x.float() for x in inputs]
-    sizes = [size for size in bounds.diff().tolist() if size]  # empty ones are filling
+    cuts = [x.diff().tolist() for x in (query_bounds, bounds, bounds)]
+    pieces = zip(
+        *(x.split(sizes, dim=2) for x, sizes in zip(inputs, cuts, strict=True)), strict=True
+    )
     # autocast would undo that, and there is nothing else here for it to do
-    with torch.autocast(query_1HTK.device.type, enabled=False):
+    with torch.autocast(query_1HNK.device.type, enabled=False):
         outputs = [
             functional.scaled_dot_product_attention(query, key, value, scale=scaling)
-            for query, key, value in zip(*(x.split(sizes, dim=2) for x in inputs), strict=True)
+            if key.shape[2]  # empty sequences are filling
+            else torch.zeros_like(query)
+            for query, key, value in pieces
         ]
     return torch.cat(outputs, dim=2).transpose(1, 2)
