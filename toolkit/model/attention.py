@@ -104,20 +104,25 @@ def _one_by_one(
     scaling: float | None,
 ) -> Tensor:
     """Attend in one sequence after the other; return (1, N, H, K) for N queries."""
-    inputs = [query_1HNK, key_1HTK, value_1HTK]
+    # one token after the other, as in memory: splitting, and joining gradients, is then one copy
+    inputs = [x.transpose(1, 2) for x in (query_1HNK, key_1HTK, value_1HTK)]
     if query_1HNK.device.type == "cpu" and query_1HNK.requires_grad:
         # the CPU's backward pass in bf16 takes four times as long as in fp32 (torch 2.13, NOTES.md)
         inputs = [x.float() for x in inputs]
-    cuts = [x.diff().tolist() for x in (query_bounds, bounds, bounds)]
-    pieces = zip(
-        *(x.split(sizes, dim=2) for x, sizes in zip(inputs, cuts, strict=True)), strict=True
-    )
+    sizes = [x.diff().tolist() for x in (query_bounds, bounds, bounds)]
+    pieces = zip(*(x.split(cut, dim=1) for x, cut in zip(inputs, sizes, strict=True)), strict=True)
     # autocast would undo that, and there is nothing else here for it to do
     with torch.autocast(query_1HNK.device.type, enabled=False):
-        outputs = [
-            functional.scaled_dot_product_attention(query, key, value, scale=scaling)
-            if key.shape[2]  # empty sequences are filling
-            else torch.zeros_like(query)
-            for query, key, value in pieces
-        ]
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+        outputs = [_attend_whole(query, key, value, scaling) for query, key, value in pieces]
+    return torch.cat(outputs, dim=1)
+
+
+def _attend_whole(
+    query_1NHK: Tensor, key_1LHK: Tensor, value_1LHK: Tensor, scaling: float | None
+) -> Tensor:
+    """Attend in one sequence; return (1, N, H, K)."""
+    if not key_1LHK.shape[1]:  # an empty one is filling
+        return torch.zeros_like(query_1NHK)
+    query, key, value = (x.transpose(1, 2) for x in (query_1NHK, key_1LHK, value_1LHK))
+    attended = functional.scaled_dot_product_attention(query, key, value, scale=scaling)
+    return attended.transpose(1, 2)
