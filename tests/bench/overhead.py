@@ -4,7 +4,8 @@
 
 Runs of MiniLM on `snippets` take turns: without W&B, with a server on loopback that answers, is slow,
 fails or hangs. `outside` is the share of the time between the first and the last log line that is
-not spent in steps; `rate` is reviews/s in steps, over that of the run without W&B of the same turn.
+not spent in steps; `beside` is what W&B's own processes take of all cores in that time; `rate` is
+reviews/s in steps, over that of the run without W&B of the same turn, and as noisy as the machine.
 """
 
 import argparse
@@ -13,45 +14,76 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from tests.bench.report import spread
 from tests.programs import TRAIN
 from tests.wandb_server import serving
 from toolkit.console import say
 
+SHARES = ("outside", "beside")
 CASES = ("none", "answers", "slow", "fail", "hang")
 BATCH, STEPS, SETTLED = 16, 130, 20
 """From the second log line on: W&B's client takes 50 ms for its first row, once a run."""
 SAVE_SECONDS = 300
+LOOK_SECONDS = 0.25
+
+Used = list[tuple[float, float]]
+"""When we looked, and the CPU seconds of W&B's processes until then."""
 
 
 def measure(case: str, folder: Path, *extra: str) -> dict[str, float]:
-    """Train once; return the share of time outside steps, and the rate in them."""
+    """Train once; return the shares of time outside and beside steps, and the rate in them."""
     flags = [f"--output_dir={folder}", f"--run_id={case}", f"--max_steps={STEPS}", "--overwrite"]
     flags += [f"--track={'none' if case in ('none', 'save') else 'wandb'}", f"--batch_size={BATCH}"]
     with serving() as (server, url):
         server.misbehaviour = None if case in ("none", "answers", "save") else case
         wandb = {"WANDB_MODE": "online", "WANDB_BASE_URL": url, "WANDB_API_KEY": "x" * 40}
-        subprocess.run(
+        program = subprocess.Popen(
             [sys.executable, TRAIN, *flags, *extra],
             env=os.environ | wandb | {"ACCELERATE_USE_CPU": "true"},
-            check=True,
-            capture_output=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
-    return figures(folder / case / "metrics.jsonl")
+        used = watch(program)
+    assert program.returncode == 0
+    return figures(folder / case / "metrics.jsonl", used)
 
 
-def figures(journal: Path) -> dict[str, float]:
-    """Read them from a run's journal, from step SETTLED on."""
+def watch(program: subprocess.Popen[bytes]) -> Used:
+    """Note what the processes that a program starts use, until it ends."""
+    used: Used = []
+    while program.poll() is None:
+        seconds = 0.0
+        for child in psutil.Process(program.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                seconds += sum(child.cpu_times()[:2])  # user, system
+        used.append((time.time(), seconds))
+        time.sleep(LOOK_SECONDS)
+    return used
+
+
+def figures(journal: Path, used: Used) -> dict[str, float]:
+    """Compute them from a run's journal, from step SETTLED on."""
     rows = [json.loads(line) for line in journal.read_text().splitlines()]
     rows = [row for row in rows if row["kind"] == "train" and row["step"] >= SETTLED]
-    gone = rows[-1]["time"] - rows[0]["time"]
+    started, ended = rows[0]["time"], rows[-1]["time"]
+    gone = ended - started
     reviews = BATCH * (rows[-1]["step"] - rows[0]["step"])
     every = BATCH * (rows[1]["step"] - rows[0]["step"])
     in_steps = sum(every / row["train/reviews_per_s"] for row in rows[1:])
-    return {"outside": 1 - in_steps / gone, "rate": reviews / in_steps, "seconds": gone - in_steps}
+    theirs = [seconds for when, seconds in used if started <= when <= ended]
+    return {
+        "outside": 1 - in_steps / gone,
+        "beside": (theirs[-1] - theirs[0]) / gone / len(os.sched_getaffinity(0)),
+        "rate": reviews / in_steps,
+        "seconds": gone - in_steps,
+    }
 
 
 def checkpoint_seconds(folder: Path) -> float:
@@ -74,9 +106,9 @@ def main() -> None:
         one_save = checkpoint_seconds(Path(scratch))
     shown: dict[str, Any] = {"checkpoint_seconds": one_save, "share": one_save / SAVE_SECONDS}
     for case in CASES:
-        outside = [turn[case]["outside"] for turn in turns]
+        shares = {name: spread([turn[case][name] for turn in turns]) for name in SHARES}
         rates = [turn[case]["rate"] / turn["none"]["rate"] for turn in turns]
-        shown[case] = {"outside": spread(outside), "rate": spread(rates)}
+        shown[case] = shares | {"rate": spread(rates)}
     say(json.dumps(shown, indent=2))
 
 

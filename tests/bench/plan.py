@@ -1,6 +1,9 @@
 """Does `toolkit plan` foresee what a run takes? Predicted over measured, for memory and for a step.
 
-python -m tests.bench.plan [BATCH_SIZE ...]       about ten minutes; alone, for it takes times
+    python -m tests.bench.plan [BATCH_SIZE ...]       a quarter of an hour; alone, for it takes times
+
+Each run is done before the plan is made and again after it. Between the two the machine alone differs, so
+`again`, the second run's steps over the first's, is what no prediction can be better than.
 """
 
 import json
@@ -8,10 +11,12 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from statistics import mean
 
 from tests.programs import ROOT, TRAIN, launcher, run_for_peak, run_python
 from toolkit.console import say
 
+LAUNCHES = ("cpu", "cpu2", "zero1", "zero2", "zero2_offload", "zero3")
 ROW = r"^(\w+)\.yaml +\d+ +([\d.]+) +\w+ +([\d.]+) ms"
 
 
@@ -37,14 +42,16 @@ def taken(launch: str, batch_size: int, flags: list[str]) -> tuple[float, float]
 
 def main() -> None:
     """Print the ratios."""
-    say("batch  launch         memory  step    (predicted / measured)")
+    say("batch  launch         memory  step  again    (predicted / measured; second run / first)")
     for batch_size in map(int, sys.argv[1:] or ("16", "64", "256")):
         flags = [f"--batch_size={batch_size}", "--max_steps=40"]
+        first = {name: taken(name, batch_size, flags) for name in LAUNCHES}
         plan = planned(flags)
+        assert tuple(plan) == LAUNCHES
         for name, (size, seconds) in plan.items():
-            real_size, real_seconds = taken(name, batch_size, flags)
-            ratios = f"{size / real_size:>6.2f}  {seconds / real_seconds:>4.2f}"
-            say(f"{batch_size:>5}  {name:<13}  {ratios}")
+            sizes, times = zip(first[name], taken(name, batch_size, flags), strict=True)
+            ratios = f"{size / max(sizes):>6.2f}  {seconds / mean(times):>4.2f}"
+            say(f"{batch_size:>5}  {name:<13}  {ratios}  {times[1] / times[0]:>5.2f}")
 
 
 if __name__ == "__main__":
