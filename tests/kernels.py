@@ -23,10 +23,11 @@ def attend_by_hand(
         sizes = bounds.diff()
         assert int(sizes.min()) >= 0
         assert int(sizes.max()) <= longest
-    out = torch.zeros_like(query)  # of an empty sequence, too
+    out = torch.full_like(query, torch.nan)  # whatever there was, where a query has no keys
     for mine, theirs in sequences(cu_seq_q, cu_seq_k):
         scores = torch.einsum("thk,shk->hts", query[mine], key[theirs]) / query.shape[2] ** 0.5
-        out[mine] = torch.einsum("hts,shk->thk", scores.softmax(-1), value[theirs])
+        if scores.shape[2]:
+            out[mine] = torch.einsum("hts,shk->thk", scores.softmax(-1), value[theirs])
     return out
 
 
@@ -49,13 +50,14 @@ def kernel_of_ours() -> None:
 
     def backward(grad, query, key, value, out, lse, cu_seq_q, cu_seq_k, *_, **__):
         scale = query.shape[-1] ** -0.5
-        gradients = [torch.zeros_like(x) for x in (query, key, value)]
+        gradients = [torch.full_like(x, torch.nan) for x in (query, key, value)]
         for mine, theirs in sequences(cu_seq_q, cu_seq_k):
             q, k, v, g = query[mine], key[theirs], value[theirs], grad[mine]
             weights = (torch.einsum("thk,shk->hts", q, k) * scale).softmax(-1)
             inner = weights * torch.einsum("thk,shk->hts", g, v)
             inner = (inner - weights * inner.sum(-1, keepdim=True)) * scale
-            gradients[0][mine] = torch.einsum("hts,shk->thk", inner, k)
+            if len(k):
+                gradients[0][mine] = torch.einsum("hts,shk->thk", inner, k)
             gradients[1][theirs] = torch.einsum("hts,thk->shk", inner, q)
             gradients[2][theirs] = torch.einsum("hts,thk->shk", weights, g)
         return tuple(gradients)

@@ -59,6 +59,37 @@ def test_packed_equals_padded(
     assert relative(packed[1], padded[1]) < 1e-5
 
 
+def test_one_layer_and_bf16(split, runtime: Runtime, tiny_encoder: Path) -> None:
+    """The last layer is the first, too; weights in bf16 train, and autocast scores."""
+    model, _ = build_classifier(ClassifierSpec(), tiny_encoder, NAMES)
+    model.eval().bert.encoder.layer = model.bert.encoder.layer[1:]
+    packed, padded = (make_batch(split, np.arange(3, 20), padded=p) for p in (False, True))
+    expected = logits_and_gradient(model, runtime, padded)
+    for ours, theirs in zip(logits_and_gradient(model, runtime, packed), expected, strict=True):
+        assert relative(ours, theirs) < 1e-5
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert relative(model(**runtime.inputs(packed)).logits[:17], expected[0]) < 3e-2
+    model.bfloat16()  # sums over tokens are in three digits then: a third is lost, padded as well
+    ours, theirs = (logits_and_gradient(model, runtime, batch) for batch in (packed, padded))
+    for mine, stock, exact in zip(ours, theirs, expected, strict=True):
+        assert relative(mine.float(), exact) < 1.2 * relative(stock.float(), exact)
+
+
+def test_packs_are_refused_where_they_would_be_wrong(
+    split, runtime: Runtime, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    """By a model that was loaded without our attention, or that drops attention weights."""
+    model, _ = build_classifier(ClassifierSpec(), tiny_encoder, NAMES)
+    inputs = runtime.inputs(make_batch(split, np.arange(9), padded=False))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(AssertionError, match="our attention"):
+        HeadClassifier.from_pretrained(tmp_path)(**inputs)
+    model.config.attention_probs_dropout_prob = 0.1
+    model.eval()(**inputs)
+    with pytest.raises(AssertionError, match="packs have none"):
+        model.train()(**inputs)
+
+
 def test_the_last_layer_computes_what_is_read(split, runtime: Runtime, tiny_encoder: Path) -> None:
     """Keys and values of all tokens, the rest of first ones; that logits stay, the test above says."""
     model, _ = build_classifier(ClassifierSpec(), tiny_encoder, NAMES)

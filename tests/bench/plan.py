@@ -2,8 +2,8 @@
 
     python -m tests.bench.plan [BATCH_SIZE ...]       a quarter of an hour; alone, for it takes times
 
-Each run is done before the plan is made and again after it. Between the two the machine alone differs, so
-`again`, the second run's steps over the first's, is what no prediction can be better than.
+Each run is done before the plan is made and again after it, and the plan is held against both: where the
+two ratios differ, the machine does.
 """
 
 import json
@@ -11,10 +11,11 @@ import re
 import sys
 import tempfile
 from pathlib import Path
-from statistics import mean
 
 from tests.programs import ROOT, TRAIN, launcher, run_for_peak, run_python
+from toolkit.config import parse
 from toolkit.console import say
+from toolkit.prepare import prepare_data
 
 LAUNCHES = ("cpu", "cpu2", "zero1", "zero2", "zero2_offload", "zero3")
 ROW = r"^(\w+)\.yaml +\d+ +([\d.]+) +\w+ +([\d.]+) ms"
@@ -42,16 +43,19 @@ def taken(launch: str, batch_size: int, flags: list[str]) -> tuple[float, float]
 
 def main() -> None:
     """Print the ratios."""
-    say("batch  launch         memory  step  again    (predicted / measured; second run / first)")
+    prepare_data(parse([]))  # else the first run does, and its memory is not the training's
+    say("batch  launch         memory        step    (predicted / measured, first and second run)")
     for batch_size in map(int, sys.argv[1:] or ("16", "64", "256")):
         flags = [f"--batch_size={batch_size}", "--max_steps=40"]
         first = {name: taken(name, batch_size, flags) for name in LAUNCHES}
         plan = planned(flags)
-        assert tuple(plan) == LAUNCHES
-        for name, (size, seconds) in plan.items():
-            sizes, times = zip(first[name], taken(name, batch_size, flags), strict=True)
-            ratios = f"{size / max(sizes):>6.2f}  {seconds / mean(times):>4.2f}"
-            say(f"{batch_size:>5}  {name:<13}  {ratios}  {times[1] / times[0]:>5.2f}")
+        for name in LAUNCHES:
+            pairs = zip(first[name], taken(name, batch_size, flags), strict=True)
+            memory, step = (
+                "  ".join(f"{foreseen / real:.2f}" for real in both)
+                for foreseen, both in zip(plan[name], pairs, strict=True)
+            )
+            say(f"{batch_size:>5}  {name:<13}  {memory}  {step}")
 
 
 if __name__ == "__main__":

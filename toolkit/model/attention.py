@@ -35,7 +35,6 @@ def attend(
     attention_mask: Tensor | None,
     bounds: Tensor | None = None,
     longest: int = 0,
-    one_query: bool = False,
     dropout: float = 0.0,
     scaling: float | None = None,
     **options: Any,
@@ -50,30 +49,64 @@ def attend(
         attention_mask: of padded rows.
         bounds: of packed ones; None means padded.
         longest: tokens that no packed sequence exceeds.
-        one_query: each packed sequence has one query, not one for each token.
-        dropout: of attention weights; packed back ends have none.
+        dropout: of attention weights; packed back ends have none, and the classifier turns it off.
         scaling: of the products of queries and keys; None means 1 / sqrt(K).
         options: for the padded reference.
 
     Returns:
-        (B, T, H, K), with `one_query` (1, S, H, K), zeros for empty sequences; and None in the place of
-        the weights.
+        (B, T, H, K) and, in the place of the weights, None.
     """
     inputs = query_BHTK, key_BHTK, value_BHTK
     if bounds is None:
         options |= {"dropout": dropout, "scaling": scaling}
         return sdpa_attention_forward(module, *inputs, attention_mask, **options)
-    assert dropout == 0.0, "attention dropout has no packed back end; the classifier turns it off"
-    query_bounds, most = bounds, longest
-    if one_query:
-        query_bounds, most = torch.arange(len(bounds), dtype=bounds.dtype, device=bounds.device), 1
-    if has_varlen(query_BHTK):
-        # a view: the gradient of x[0] would be copied into zeros
-        query_THK, key_THK, value_THK = (x.squeeze(0).transpose(0, 1) for x in inputs)
-        cuts: Any = (query_bounds, bounds, most, longest)
-        packed_THK: Any = varlen_attn(query_THK, key_THK, value_THK, *cuts, scale=scaling)
-        return packed_THK.unsqueeze(0), None
-    return _one_by_one(*inputs, query_bounds, bounds, scaling), None
+    return _attend_packed(*inputs, (bounds, bounds), (longest, longest), scaling), None
+
+
+def attend_from_first(
+    query_1HSK: Tensor,
+    key_1HTK: Tensor,
+    value_1HTK: Tensor,
+    bounds: Tensor,
+    longest: int,
+    scaling: float | None,
+) -> Tensor:
+    """Attend from the first token of each packed sequence to all of its tokens.
+
+    Args are those of `attend`, but for one query in the place of a sequence's; no attention dropout.
+
+    Returns:
+        (1, S, H, K), zeros for empty sequences.
+    """
+    # what a kernel makes of a query without keys must not matter, nor what it calls its gradient
+    empty_S11 = (bounds.diff() == 0)[:, None, None]
+    query_1HSK = query_1HSK.masked_fill(empty_S11.transpose(0, 1), 0)
+    singles = torch.arange(len(bounds), dtype=bounds.dtype, device=bounds.device)
+    inputs = query_1HSK, key_1HTK, value_1HTK
+    attended_1SHK = _attend_packed(*inputs, (singles, bounds), (1, longest), scaling)
+    return attended_1SHK.masked_fill(empty_S11, 0)
+
+
+def _attend_packed(
+    query_1HNK: Tensor,
+    key_1HTK: Tensor,
+    value_1HTK: Tensor,
+    bounds: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    scaling: float | None,
+) -> Tensor:
+    """Attend within each sequence; `bounds` and `longest` are of N queries, and of T keys.
+
+    Returns:
+        (1, N, H, K).
+    """
+    if not has_varlen(query_1HNK):
+        return _one_by_one(query_1HNK, key_1HTK, value_1HTK, bounds, scaling)
+    # a view: the gradient of x[0] would be copied into zeros
+    inputs: Any = [x.squeeze(0).transpose(0, 1) for x in (query_1HNK, key_1HTK, value_1HTK)]
+    cuts: Any = *bounds, *longest
+    attended_NHK: Any = varlen_attn(*inputs, *cuts, scale=scaling)
+    return attended_NHK.unsqueeze(0)
 
 
 def has_varlen(query: Tensor) -> bool:
@@ -99,22 +132,22 @@ def _one_by_one(
     query_1HNK: Tensor,
     key_1HTK: Tensor,
     value_1HTK: Tensor,
-    query_bounds: Tensor,
-    bounds: Tensor,
+    bounds: tuple[Tensor, Tensor],
     scaling: float | None,
 ) -> Tensor:
-    """Attend in one sequence after the other; return (1, N, H, K) for N queries."""
+    """Attend in one sequence after the other; return (1, N, H, K)."""
     # one token after the other, as in memory: splitting, and joining gradients, is then one copy
     inputs = [x.transpose(1, 2) for x in (query_1HNK, key_1HTK, value_1HTK)]
     if query_1HNK.device.type == "cpu" and query_1HNK.requires_grad:
         # the CPU's backward pass in bf16 takes four times as long as in fp32 (torch 2.13, NOTES.md)
         inputs = [x.float() for x in inputs]
-    sizes = [x.diff().tolist() for x in (query_bounds, bounds, bounds)]
+    of_queries, of_keys = (x.diff().tolist() for x in bounds)
+    sizes = of_queries, of_keys, of_keys
     pieces = zip(*(x.split(cut, dim=1) for x, cut in zip(inputs, sizes, strict=True)), strict=True)
     # autocast would undo that, and there is nothing else here for it to do
     with torch.autocast(query_1HNK.device.type, enabled=False):
         outputs = [_attend_whole(query, key, value, scaling) for query, key, value in pieces]
-    return torch.cat(outputs, dim=1)
+    return torch.cat(outputs, dim=1).to(query_1HNK.dtype)
 
 
 def _attend_whole(

@@ -159,6 +159,9 @@ class HeadClassifier(BertPreTrainedModel):
         inputs = input_ids, attention_mask, token_type_ids, position_ids
         if bounds is None:
             return self.bert(*inputs).pooler_output
+        # else reviews would attend to each other, or lose their dropout, without a word
+        assert self.config._attn_implementation == attention.NAME, "packs need our attention"
+        assert not self.training or self.config.attention_probs_dropout_prob == 0, "packs have none"
         encoded = self.bert(*inputs, bounds=bounds, longest=longest)
         pooler = self.bert.pooler
         assert pooler is not None  # BERT itself pooled the first sequence only

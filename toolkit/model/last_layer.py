@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertLayer
 
-from toolkit.model.attention import attend
+from toolkit.model.attention import attend_from_first
 
 
 class LastLayer(BertLayer):
@@ -39,25 +39,24 @@ class LastLayer(BertLayer):
         """
         if bounds is None:
             return super().forward(hidden_states, attention_mask, *rest, **options)
-        inner = self.attention.self
         first_1SD = firsts(hidden_states, bounds).unsqueeze(0)
+        context_1SD = self._attend(first_1SD, hidden_states, bounds, longest)
+        return self.feed_forward_chunk(self.attention.output(context_1SD, first_1SD))
+
+    def _attend(
+        self, first_1SD: Tensor, hidden_1TD: Tensor, bounds: Tensor, longest: int
+    ) -> Tensor:
+        """Let each sequence's first token attend to all of its tokens; return (1, S, D)."""
+        inner = self.attention.self
 
         def project(layer: nn.Module, x: Tensor) -> Tensor:
             """(1, N, D) -> (1, H, N, K)."""
             return layer(x).unflatten(-1, (-1, inner.attention_head_size)).transpose(1, 2)
 
-        context_1SHK, _ = attend(
-            inner,
-            project(inner.query, first_1SD),
-            project(inner.key, hidden_states),
-            project(inner.value, hidden_states),
-            None,
-            bounds=bounds,
-            longest=longest,
-            one_query=True,
-            scaling=inner.scaling,
-        )
-        return self.feed_forward_chunk(self.attention.output(context_1SHK.flatten(2), first_1SD))
+        query_1HSK = project(inner.query, first_1SD)
+        key_1HTK, value_1HTK = (project(x, hidden_1TD) for x in (inner.key, inner.value))
+        inputs = query_1HSK, key_1HTK, value_1HTK
+        return attend_from_first(*inputs, bounds, longest, inner.scaling).flatten(2)
 
 
 def firsts(x: Tensor, bounds: Tensor | None) -> Tensor:
