@@ -1,7 +1,7 @@
 """How fast are we, next to the Hugging Face Trainer and to Accelerate's example loop?
 
     python -m tests.bench --repeats 5 --rows 192                   24 minutes on two cores
-    python -m tests.bench --encoder bert-base-shape --rows 12800 --batch_size 32      on a GPU
+    python -m tests.bench.gpu                                      all that is asked of a GPU
 
 All train the same rows with the same encoder, tokens, batch size, epochs, rate and threads, each run
 in a process of its own, in turns. The first of two epochs warms up. Rows have the lengths of Amazon
@@ -155,15 +155,15 @@ def take_turns(options: argparse.Namespace, tokens: TokenCache) -> list[report.T
     return turns
 
 
-def main() -> None:
-    """Measure all, write JSON and print tables."""
+def main(arguments: list[str] | None = None) -> None:
+    """Measure all, write JSON and print tables; `arguments` are those of the command by default."""
     parser = shared_parser()
     parser.add_argument("--repeats", type=int, default=5)
     default = CONTENDERS + (ON_A_GPU if torch.cuda.is_available() else ())
     parser.add_argument("--only", nargs="+", choices=CONTENDERS + ON_A_GPU, default=default)
     parser.add_argument("--test_rows", type=int, default=320)
     parser.add_argument("--out", type=Path, default=Path("bench.json"), help="all figures as JSON")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.out.parent.mkdir(parents=True, exist_ok=True)  # not found out half an hour later
     with tempfile.TemporaryDirectory() as scratch:
         options.folder = Path(scratch)
