@@ -1,6 +1,6 @@
 """All that the goals ask of one GPU, in one command: right first, then fast.
 
-    python -m tests.bench.gpu        about an hour, alone
+    python -m tests.bench.gpu        alone; not yet run on a GPU, so nobody knows how long it takes
 
 Tests of the CUDA path; a batch of 32 beside every peer (bench-gpu-32.json); a batch of 1,024, whose
 reviews/s say how long an epoch of 3.6 M takes (bench-gpu-1024.json); what `toolkit plan` foresees of

@@ -1,6 +1,6 @@
 """Does `toolkit plan` foresee what a run takes? Predicted over measured, for memory and for a step.
 
-    python -m tests.bench.plan [BATCH_SIZE ...]       a quarter of an hour; alone, for it takes times
+    python -m tests.bench.plan [BATCH_SIZE ...]       nine minutes each; alone, for it takes times
 
 Each run is done before the plan is made and again after it, and the plan is held against both: where the
 two ratios differ, the machine does.

@@ -75,6 +75,8 @@ def show(figures: dict[str, Any]) -> None:
     _print(FIGURES, {name: [shown[key] for key in FIGURES] for name, shown in contenders.items()})
     for mine in filter(is_ours, contenders):
         others = {name: shown for name, shown in contenders.items() if name != mine}
+        if not others:
+            continue
         say(f"\n{mine} over ...")
         _print(
             RATIOS,
