@@ -365,13 +365,14 @@ def test_two_runs_do_not_share_a_folder(
     assert "waiting 0 s for it to end" in said.out
 
 
-def test_a_plain_run_needs_no_wandb_and_imports_no_inductor(tiny_flags: list[str]) -> None:
+def test_a_plain_run_needs_no_wandb_and_starts_fast(tiny_flags: list[str]) -> None:
     code = """
-import sys
+import gc, sys
 sys.modules["wandb"] = None
 from toolkit.train import main
 code = main(sys.argv[1:])
 assert "torch._inductor.cudagraph_trees" not in sys.modules, "takes 0.9 s of every start"
+assert gc.get_freeze_count() > 300_000, "the collector takes a second of every start"
 sys.exit(code)
 """
     done = run_python("-c", code, *tiny_flags, "--max_steps=2")

@@ -25,6 +25,7 @@ from toolkit.errors import ConfigError, ToolkitError
 from toolkit.experiments.plan import costs
 from toolkit.experiments.states import duration
 from toolkit.experiments.sweep import load, runs
+from toolkit.imports import uncollected
 from toolkit.prepare import prepare_data
 from toolkit.ranks import LAUNCH_FOLDER, PROGRAMS, RanksError, ask
 
@@ -194,12 +195,13 @@ def survey(
     timed: dict[str, float],
 ) -> Ground:
     """Build the model and measure what the plan rests on, besides what is timed already."""
-    import torch
+    with uncollected():
+        import torch
 
-    from toolkit.engine import estimate
-    from toolkit.engine.runtime import Runtime
-    from toolkit.model.classifier import ClassifierSpec, build_classifier
-    from toolkit.run import evaluation_tokens, make_trainer
+        from toolkit.engine import estimate
+        from toolkit.engine.runtime import Runtime
+        from toolkit.model.classifier import ClassifierSpec, build_classifier
+        from toolkit.run import evaluation_tokens, make_trainer
 
     runtime = Runtime(config.precision, config.cpu_threads)
     base = psutil.Process().memory_info().rss

@@ -10,16 +10,19 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # as in train.py
 
 from toolkit.config import parse, part
-from toolkit.engine.estimate import step_seconds
-from toolkit.engine.runtime import Runtime
-from toolkit.model.classifier import ClassifierSpec, build_classifier
+from toolkit.imports import uncollected
 from toolkit.prepare import prepare_data
 from toolkit.ranks import answer, run
-from toolkit.run import make_trainer
 
 
 def main() -> None:
     """Take a few steps of the run and keep nothing."""
+    with uncollected():
+        from toolkit.engine.estimate import step_seconds
+        from toolkit.engine.runtime import Runtime
+        from toolkit.model.classifier import ClassifierSpec, build_classifier
+        from toolkit.run import make_trainer
+
     config = parse(sys.argv[1:])
     tokens, encoder = prepare_data(config)
     runtime = Runtime(config.precision, config.cpu_threads, config.rank_timeout)

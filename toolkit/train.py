@@ -27,6 +27,7 @@ from toolkit.data.cache import TokenCache
 from toolkit.data.report import describe
 from toolkit.data.steps import Stream
 from toolkit.errors import CheckpointError, ConfigError, DataError, Preempted, ToolkitError
+from toolkit.imports import uncollected
 from toolkit.launcher import Turn, refuse_contradictions
 from toolkit.prepare import prepare_data
 from toolkit.record.checkpoints import Origin, choose, differences
@@ -97,7 +98,8 @@ def start(config: RunConfig, turn: Turn, stop: Stop) -> int:
             stack.enter_context(folder.claim(CLAIM_SECONDS))
             stop.file = folder.stop_file
             point = open_folder(config, tokens, folder)
-        from toolkit.run import run  # imports torch, which takes a second
+        with uncollected():
+            from toolkit.run import run  # imports torch
 
         return run(config, tokens, encoder, folder, point, stop)
 
