@@ -40,9 +40,9 @@ SHAPE_ONLY = "bert-base-shape"
 """BERT-base with random weights: there may be no hub."""
 
 
-def shared_parser() -> argparse.ArgumentParser:
-    """Return the options that every contender has to know."""
-    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
+def shared_parser(about: str | None = __doc__) -> argparse.ArgumentParser:
+    """Return the options that every contender has to know, and the first line about the program."""
+    parser = argparse.ArgumentParser(description=(about or "").split("\n")[0])
     parser.add_argument("--encoder", default="minilm")
     parser.add_argument("--rows", type=int, default=480, help="training rows of an epoch")
     parser.add_argument("--batch_size", type=int, default=16)

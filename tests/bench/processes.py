@@ -21,6 +21,9 @@ from tests.programs import TRAIN, launcher, run_for_peak
 from toolkit.config import RunConfig, cache_dir
 from toolkit.console import say
 
+LAUNCHES = ("cpu2", "zero1", "zero2", "zero2_offload", "zero3")
+"""Files in launch/."""
+
 
 def rate(launch: str, options: argparse.Namespace) -> float:
     """Train under a launch config; return reviews/s in the steps after the first quarter."""
@@ -36,10 +39,10 @@ def rate(launch: str, options: argparse.Namespace) -> float:
 
 def main() -> None:
     """Measure and print JSON."""
-    parser = shared_parser()
+    parser = shared_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[16, 64])
-    parser.add_argument("--launches", nargs="+", default=["cpu2"], help="files in launch/")
+    parser.add_argument("--launches", nargs="+", default=["cpu2"], choices=LAUNCHES)
     options = parser.parse_args()
     if options.launches == ["cpu2"]:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # it would turn DeepSpeed off
