@@ -153,9 +153,10 @@ def _options(argv: list[str]) -> tuple[argparse.Namespace, RunConfig, list[str]]
 
 def rehearse(options: argparse.Namespace, flags: list[str]) -> dict[str, float]:
     """Take a few steps of the run under each launch config; return seconds of one by launch file."""
-    import torch
+    with uncollected():
+        import torch
 
-    from toolkit.engine.runtime import is_on_cpu
+        from toolkit.engine.runtime import is_on_cpu
 
     ranks, gpus = options.num_processes, torch.cuda.device_count()
     if not is_on_cpu() and ranks > gpus:
