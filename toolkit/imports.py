@@ -10,7 +10,7 @@ from contextlib import contextmanager
 def uncollected() -> Iterator[None]:
     """Keep the garbage collector out of the imports of the block, and them out of its way afterwards.
 
-    They make a million objects that stay. Looking through them again and again is a fifth of the time
+    They make 600,000 objects that stay. Looking through them again and again is a fifth of the time
     of these imports, and each full collection, at the end of a run for one, would do so once more.
     """
     gc.collect()  # what is garbage now would be kept for good
