@@ -114,7 +114,7 @@ def can_rejoin(runtime: Runtime) -> bool:
 
 
 def main() -> None:
-    gc.freeze()  # what was imported stays: full collections, one for each case, need not see it
+    gc.freeze()  # else each time that memory runs out, all that was imported is gone through
     out, world_size, flags = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     flags += [f"--max_steps={STEPS}", "--log_every=1", "--warmup_ratio=0.3"]
     runtime = Runtime("fp32", 1)

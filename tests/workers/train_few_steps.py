@@ -5,7 +5,6 @@
 One process start serves all cases, because starting costs more than they do.
 """
 
-import gc
 import json
 import sys
 from collections.abc import Callable
@@ -179,7 +178,6 @@ def poison(config: RunConfig, runtime: Runtime) -> dict[str, object]:
 
 
 def main() -> None:
-    gc.freeze()  # what was imported stays: full collections, one for each case, need not see it
     """Run all cases; the main process writes the results."""
     folder, world_size, flags = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     flags += ["--precision=fp32", f"--max_steps={STEPS}", "--log_every=1", "--warmup_ratio=0.3"]
