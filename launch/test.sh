@@ -8,6 +8,9 @@ venv=${VENV:-$root/.venv}
 "$root/launch/install.sh" dev
 # W&B's own sweep engine, to hold ours against; it asks for an old numpy that it can do without
 "$venv/bin/python" -m pip install --quiet --no-deps --constraint "$root/constraints.txt" sweeps
+# for the kernels' tests on a CPU; torch for GPUs has brought the version that it wants
+"$venv/bin/python" -c "import triton" 2>/dev/null ||
+    "$venv/bin/python" -m pip install --quiet --no-deps triton==3.8.0
 cd "$root"
 "$venv/bin/ruff" format --check .
 "$venv/bin/ruff" check .

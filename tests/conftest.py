@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernels import interpret_triton
 from tests.tiny import build_cache, make_data, make_encoder
 from toolkit.data.cache import TokenSplit
 from toolkit.data.prepare import DataSpec
@@ -21,6 +22,11 @@ LONGEST = (
     "test_distributed",
 )
 """Files of minutes; begun last, one of them would run alone at the end."""
+
+
+def pytest_configure() -> None:
+    """Let Triton be interpreted in this process where there is no GPU, and nowhere else."""
+    interpret_triton()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import BertForSequenceClassification, BertModel
 
-from tests.kernels import attend_by_hand, kernel_of_ours
+from tests.kernels import use_kernels
 from toolkit.data.batches import Batch, _pack, evaluation_batches, make_batch
 from toolkit.data.steps import cost
 from toolkit.engine.runtime import Runtime
@@ -78,39 +79,43 @@ def test_one_layer_and_bf16(split, runtime: Runtime, tiny_encoder: Path) -> None
 def test_packs_are_refused_where_they_would_be_wrong(
     split, runtime: Runtime, tiny_encoder: Path, tmp_path: Path
 ) -> None:
-    """By a model that was loaded without our attention, or that drops attention weights."""
+    """By a model that drops attention weights in training; one that was saved takes them as before."""
     model, _ = build_classifier(ClassifierSpec(), tiny_encoder, NAMES)
     inputs = runtime.inputs(make_batch(split, np.arange(9), padded=False))
     model.save_pretrained(tmp_path)
-    with pytest.raises(AssertionError, match="our attention"):
-        HeadClassifier.from_pretrained(tmp_path)(**inputs)
+    loaded = HeadClassifier.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(**inputs).logits, model.eval()(**inputs).logits)
     model.config.attention_probs_dropout_prob = 0.1
-    model.eval()(**inputs)
+    model(**inputs)
     with pytest.raises(AssertionError, match="packs have none"):
         model.train()(**inputs)
 
 
-def test_the_last_layer_computes_what_is_read(split, runtime: Runtime, tiny_encoder: Path) -> None:
+def test_the_last_layer_computes_what_is_read(
+    split, runtime: Runtime, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Keys and values of all tokens, the rest of first ones; that logits stay, the test above says."""
     model, _ = build_classifier(ClassifierSpec(), tiny_encoder, NAMES)
-    seen: dict[str, tuple[int, ...]] = {}
-    for name, layer in model.bert.encoder.layer.named_modules():
-        layer.register_forward_pre_hook(
-            lambda _, inputs, n=name: seen.update({n: tuple(inputs[0].shape[:2])} if inputs else {})
+    seen: list[tuple[int, ...]] = []
+    for layer in model.bert.encoder.layer:
+        layer.intermediate.register_forward_pre_hook(
+            lambda _, inputs: seen.append(tuple(inputs[0].shape[:2]))
         )
-    names = ("attention.self.query", "attention.self.key", "attention.self.value", "intermediate")
+    attend = attention.attend
 
-    def sizes(layer: int) -> list[tuple[int, ...]]:
-        return [seen[f"{layer}.{name}"] for name in names]
+    def spy(first: torch.Tensor | None, joint: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append((0 if first is None else len(first), *joint.shape[:2]))
+        return attend(first, joint, *rest)
 
+    monkeypatch.setattr(attention, "attend", spy)
     batch = make_batch(split, np.arange(12), padded=False)
-    all_tokens, firsts = (1, batch.computed_tokens), (1, len(batch.bounds) - 1)
+    tokens, firsts = batch.computed_tokens, len(batch.bounds) - 1
     model(**runtime.inputs(batch))
-    assert sizes(0) == [all_tokens] * 4
-    assert sizes(1) == [firsts, all_tokens, all_tokens, firsts]
+    assert seen == [(0, tokens, 3), (1, tokens), (firsts, tokens, 2), (1, firsts)]
+    seen.clear()
     padded = make_batch(split, np.arange(12), padded=True)
     model(**runtime.inputs(padded))
-    assert sizes(0) == sizes(1) == [padded.input_ids.shape] * 4
+    assert seen == [padded.input_ids.shape] * 2
 
 
 def test_padded_is_stock_bert(split, runtime: Runtime, tiny_encoder: Path) -> None:
@@ -284,8 +289,7 @@ def test_the_gpus_path_is_the_cpus(
     batch = make_batch(split, rows, padded=False, slot_keys=keys)
     assert batch.computed_tokens > batch.tokens, "there is filling, too"
     expected = logits_and_gradient(model, runtime, batch)
-    monkeypatch.setattr(attention, "has_varlen", lambda query: True)
-    monkeypatch.setattr(attention, "varlen_attn", attend_by_hand)
+    use_kernels(monkeypatch)
     found = logits_and_gradient(model, runtime, batch)
     assert relative(found[0], expected[0]) < 1e-5
     assert relative(found[1], expected[1]) < 1e-5
@@ -325,8 +329,7 @@ def test_the_gpus_path_compiles_whole(
     """
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    monkeypatch.setattr(attention, "has_varlen", lambda query: True)
-    kernel_of_ours()
+    use_kernels(monkeypatch)
     model, _ = build_classifier(ClassifierSpec(dropout=0.3), tiny_encoder, NAMES)
     model.train()
     numbers = [

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.kernels import kernel_of_ours
+from tests.kernels import use_kernels
 from tests.tiny import make_trainer
 from toolkit.config import RunConfig
 from toolkit.engine import runtime
@@ -24,7 +24,6 @@ from toolkit.engine.loop import (
 )
 from toolkit.engine.optim import build_optimizer, set_rates
 from toolkit.engine.runtime import Runtime
-from toolkit.model import attention
 from toolkit.run import training_tokens
 
 WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")
@@ -47,9 +46,8 @@ def test_the_host_does_not_wait_within_a_step(
     split, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the first micro-batch to the update. (Padded, stock BERT looks at its mask once.)"""
-    monkeypatch.setattr(attention, "has_varlen", lambda query: True)
     monkeypatch.setattr(runtime, "embeddings", lambda model: {})  # as on a GPU
-    kernel_of_ours()
+    use_kernels(monkeypatch)
     trainer = make_trainer(split, tiny_encoder, grad_accum=2)
     batches = micro_batches(trainer, 0)
     assert len(batches) == 2

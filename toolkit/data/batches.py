@@ -11,7 +11,7 @@ import numpy as np
 
 from toolkit.data.cache import TokenSplit
 from toolkit.data.hashing import hash64
-from toolkit.data.steps import filled, runs_within, unit
+from toolkit.data.steps import filled, round_up, runs_within, unit
 
 NO_ROWS = np.zeros(0, dtype=np.int64)
 STAND_IN = np.arange(2)
@@ -117,12 +117,13 @@ def _pack(
     """Lay sequences one after the other, and fill up to one of few sizes.
 
     The filling, 3 % on average, is cut into sequences like any others, because a kernel may rely on
-    `longest`; empty ones, which cost next to nothing, make up the rest of the bounds, to a power of two.
+    `longest`; empty ones, a tenth on average, make up the rest of the bounds to one of few sizes, too.
     """
     used, total = len(tokens), filled(len(tokens))
     ends = np.cumsum(lengths)
     cuts = np.minimum(np.arange(used + longest, total + longest, longest), total)
-    slots = 1 << (1 + len(lengths) + -(-unit(used) // longest)).bit_length()
+    needed = len(lengths) + -(-unit(used) // longest)
+    slots = round_up(needed, max(8, 1 << needed.bit_length() >> 3))
     bounds = np.full(slots + 1, total, np.int32)
     bounds[: 1 + len(ends) + len(cuts)] = np.concatenate([[0], ends, cuts])
     rest = (0, total - used)

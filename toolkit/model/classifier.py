@@ -15,10 +15,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import logging as transformers_logging
 
 from toolkit.errors import DataError
-from toolkit.model import attention
 from toolkit.model.dropout import DropoutKeys, replace_dropout, share_keys
 from toolkit.model.heads import HeadOptions, build_head
-from toolkit.model.last_layer import LastLayer, firsts
+from toolkit.model.layers import LastLayer, PackedLayer, compact_norms, firsts
 
 
 class HeadClassifierConfig(BertConfig):
@@ -47,15 +46,17 @@ class HeadClassifier(BertPreTrainedModel):
         super().__init__(config)
         self.bert = BertModel(config)
         last = config.num_hidden_layers - 1
-        self.bert.encoder.layer[last] = LastLayer(config, last)
+        layers = [PackedLayer(config, number) for number in range(last)] + [LastLayer(config, last)]
+        self.bert.encoder.layer = nn.ModuleList(layers)
+        compact_norms(self.bert)
         options = HeadOptions(
             config.head_width, config.head_depth, config.head_activation, config.head_dropout
         )
         self.head = build_head(config.head, config.hidden_size, len(config.id2label or {}), options)
         self.token_keys, self.last_keys, self.sequence_keys = (DropoutKeys() for _ in range(3))
-        layers = replace_dropout(self.bert, self.token_keys)
+        next_layer = replace_dropout(self.bert, self.token_keys)
         share_keys(self.bert.encoder.layer[last], self.last_keys)
-        replace_dropout(self.head, self.sequence_keys, first_layer=layers)
+        replace_dropout(self.head, self.sequence_keys, first_layer=next_layer)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -159,8 +160,7 @@ class HeadClassifier(BertPreTrainedModel):
         inputs = input_ids, attention_mask, token_type_ids, position_ids
         if bounds is None:
             return self.bert(*inputs).pooler_output
-        # else reviews would attend to each other, or lose their dropout, without a word
-        assert self.config._attn_implementation == attention.NAME, "packs need our attention"
+        # else they would lose their dropout without a word
         assert not self.training or self.config.attention_probs_dropout_prob == 0, "packs have none"
         encoded = self.bert(*inputs, bounds=bounds, longest=longest)
         pooler = self.bert.pooler
@@ -195,14 +195,13 @@ def build_classifier(
         DataError: when the checkpoint lacks weights of the encoder.
     """
     config = _classifier_config(spec, encoder_folder, label_names)
-    attention.register()
     transformers_logging.set_verbosity_error()  # its report of new weights is replaced by ours
     transformers_logging.disable_progress_bar()
     torch.manual_seed(spec.seed)
     loaded: Any = HeadClassifier.from_pretrained(
         encoder_folder,
         config=config,
-        attn_implementation=attention.NAME,
+        attn_implementation="sdpa",
         dtype=torch.float32,
         use_safetensors=True,
         output_loading_info=True,

@@ -54,9 +54,10 @@ def keep_mask(keys: Tensor, units: int, p: float, layer: int) -> Tensor:
     """
     layer_keys = keys ^ _int32((layer + 1) * 0x9E3779B9)
     # In int64: C++ may take it that a signed product never overflows. Of unit numbers, whose range it
-    # knows, g++ did, and a compiled backward pass had another mask than its forward (torch 2.13)
-    numbers = torch.arange(1, units + 1, dtype=torch.int64, device=keys.device)
-    bits = layer_keys.unsqueeze(-1) ^ (numbers * 0x85EBCA6B).to(torch.int32)
+    # knows, g++ did, and a compiled backward pass had another mask than its forward (torch 2.13). And of
+    # `~`, or Inductor takes the product for an index, which Triton wants in int32 (torch 2.11)
+    numbers = ~torch.arange(units, dtype=torch.int64, device=keys.device)  # -1, -2, ...
+    bits = layer_keys.unsqueeze(-1) ^ (numbers * -0x85EBCA6B).to(torch.int32)
     bits *= _int32(0xCC9E2D51)
     bits ^= (bits >> 16) & 0xFFFF
     bits *= _int32(0xC2B2AE35)

@@ -1,21 +1,31 @@
-"""The encoder's last layer, of which a classifier reads the first token of each sequence and no other.
+"""The encoder's layers; of the last one a classifier reads the first token of each sequence and no other.
 
 So of packed micro-batches it computes no more than that: keys and values of all tokens, all else of first
 ones. That leaves out 10 of the 12 parts of its products, forward and backward, and almost all of its
 attention, and changes nothing that is read. Padded ones, the reference, go through the stock layer.
 
-Shapes: T tokens of a packed micro-batch, S sequences, D features, H heads, K units a head.
+Shapes: T tokens of a packed micro-batch, S sequences, D features.
 """
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer
 
-from toolkit.model.attention import attend_from_first
+from toolkit.model.attention import PackedSelfAttention
 
 
-class LastLayer(BertLayer):
+class PackedLayer(BertLayer):
+    """A BERT layer whose attention knows packed tokens."""
+
+    def __init__(self, config: BertConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.attention.self = PackedSelfAttention(config, layer_idx=layer_idx)
+
+
+class LastLayer(PackedLayer):
     """A BERT layer that returns (1, S, D) for (1, T, D)."""
 
     def forward(
@@ -40,23 +50,33 @@ class LastLayer(BertLayer):
         if bounds is None:
             return super().forward(hidden_states, attention_mask, *rest, **options)
         first_1SD = firsts(hidden_states, bounds).unsqueeze(0)
-        context_1SD = self._attend(first_1SD, hidden_states, bounds, longest)
+        cuts: Any = {"bounds": bounds, "longest": longest, "first_1SD": first_1SD}
+        context_1SD, _ = self.attention.self(hidden_states, **cuts)
         return self.feed_forward_chunk(self.attention.output(context_1SD, first_1SD))
 
-    def _attend(
-        self, first_1SD: Tensor, hidden_1TD: Tensor, bounds: Tensor, longest: int
-    ) -> Tensor:
-        """Let each sequence's first token attend to all of its tokens; return (1, S, D)."""
-        inner = self.attention.self
 
-        def project(layer: nn.Module, x: Tensor) -> Tensor:
-            """(1, N, D) -> (1, H, N, K)."""
-            return layer(x).unflatten(-1, (-1, inner.attention_head_size)).transpose(1, 2)
+class CompactLayerNorm(nn.LayerNorm):
+    """LayerNorm that computes in fp32 under autocast and hands on what the next product will read.
 
-        query_1HSK = project(inner.query, first_1SD)
-        key_1HTK, value_1HTK = (project(x, hidden_1TD) for x in (inner.key, inner.value))
-        inputs = query_1HSK, key_1HTK, value_1HTK
-        return attend_from_first(*inputs, bounds, longest, inner.scaling).flatten(2)
+    Autocast would leave its result in fp32, 4 bytes a unit, to be read again for the residual and as a
+    gradient; products round it to bf16 anyway.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (..., D)."""
+        normal = super().forward(x)
+        kind = x.device.type
+        return (
+            normal.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else normal
+        )
+
+
+def compact_norms(module: nn.Module) -> None:
+    """Put `CompactLayerNorm` in the place of every LayerNorm, which has no weights yet."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.LayerNorm:
+                setattr(parent, name, CompactLayerNorm(child.normalized_shape, child.eps))
 
 
 def firsts(x: Tensor, bounds: Tensor | None) -> Tensor:

@@ -1,0 +1,66 @@
+"""The kernels for a GPU: what they compute. Where there is none, Triton's interpreter runs them."""
+
+from itertools import accumulate
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels import use_kernels
+from toolkit.model import attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LOW = torch.bfloat16 if torch.cuda.is_available() else torch.float16
+"""The interpreter multiplies the bits of bf16 numbers (Triton 3.8)."""
+LENGTHS = [5, 64, 1, 130, 0, 65, 0]
+LONGEST = 133
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_kernels(monkeypatch)
+
+
+def attend_plainly(query: Tensor, joint: Tensor, query_bounds: Tensor, bounds: Tensor) -> Tensor:
+    """In float64, sequence by sequence."""
+    results = []
+    for number in range(len(bounds) - 1):
+        mine = query[query_bounds[number] : query_bounds[number + 1]].double()
+        key, value = joint[bounds[number] : bounds[number + 1], -2:].double().unbind(1)
+        scores = torch.einsum("nhk,thk->hnt", mine, key) / mine.shape[-1] ** 0.5
+        results.append(torch.einsum("hnt,thk->nhk", scores.softmax(-1), value))
+    return torch.cat(results)
+
+
+@pytest.mark.parametrize("units", [16, 24, 64])
+@pytest.mark.parametrize("first_only", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-6), (LOW, 1e-2)])
+def test_results_and_gradients(
+    units: int, first_only: bool, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Of several heads and blocks, odd widths and empty sequences; every place is written."""
+    torch.manual_seed(0)
+    bounds = torch.tensor([0, *accumulate(LENGTHS)], dtype=torch.int32, device=DEVICE)
+    singles = torch.arange(len(bounds), device=DEVICE)
+    parts, rows = (2, len(LENGTHS)) if first_only else (3, sum(LENGTHS))
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, 2, units, dtype=dtype, device=DEVICE).requires_grad_()
+
+    joint, query, gradient = draw(sum(LENGTHS), parts), draw(rows), draw(rows).detach()
+    first = query if first_only else None
+    torch.use_deterministic_algorithms(True)  # memory that nobody has written holds NaN then
+    try:
+        found = attention.attend(first, joint, bounds, LONGEST, units**-0.5)
+        found.backward(gradient)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    inputs = [joint, query] if first_only else [joint]
+    ours: list[Any] = [found.detach(), *(x.grad for x in inputs)]
+    asked, query_bounds = (query, singles) if first_only else (joint[:, 0], bounds)
+    expected = attend_plainly(asked, joint, query_bounds, bounds)
+    theirs = [expected.detach(), *torch.autograd.grad(expected, inputs, gradient.double())]
+    for mine, exact in zip(ours, theirs, strict=True):
+        assert mine.isfinite().all()
+        assert float((mine - exact).norm() / exact.norm()) < tolerance

@@ -1,0 +1,271 @@
+"""Attention within short sequences that lie one after the other, as kernels for a GPU.
+
+Torch's own (`varlen_attn`: flash attention 2) is made for long sequences: its backward pass has an fp32
+copy of the queries' gradient, which several blocks add to. Here a block of rows belongs to one program,
+which adds up its gradients in registers: as queries, then as keys and values. That computes weights
+twice, and leaves nothing to share: no copy, no atomic addition, and the same result in every run. With
+reviews of a hundred tokens both passes take half of the time (NOTES.md).
+
+The method is flash attention's (Dao et al., 2022; Dao, 2023): weights are computed block by block where
+they are needed, and again in the backward pass, from the logarithm of each query's sum.
+
+Shapes: N queries and T keys of S sequences, H heads, K units a head. `joint` (T, P, H, K) holds what one
+product made of each token: keys and values (P = 2), and queries before them (P = 3; else `query` does).
+In kernels names of one letter are blocks, (rows, K), and d is for the gradient of what follows.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILES = {"BLOCK": 64, "STEP": 16, "num_warps": 4, "num_stages": 3}
+"""Rows that a program owns, and that it meets at a time: the fastest of several dozen for reviews on an
+H100, whose matrix unit takes 64 rows or more."""
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _tile(first, end, head, STRIDE: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Return where a block of rows of one head is, and which of it exists: (BLOCK, K to a power of 2)."""
+    WIDTH: tl.constexpr = max(16, triton.next_power_of_2(UNITS))
+    rows = first + tl.arange(0, BLOCK)
+    units = tl.arange(0, WIDTH)
+    places = rows.to(tl.int64)[:, None] * STRIDE + (head * UNITS + units)[None, :]
+    return places, (rows < end)[:, None] & (units < UNITS)[None, :]
+
+
+@triton.jit
+def _load(
+    pointer, first, end, head, STRIDE: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr
+):
+    places, exist = _tile(first, end, head, STRIDE, UNITS, BLOCK)
+    return tl.load(pointer + places, exist, 0.0)
+
+
+@triton.jit
+def _store(
+    pointer, x, first, end, head, STRIDE: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr
+):
+    places, exist = _tile(first, end, head, STRIDE, UNITS, BLOCK)
+    tl.store(pointer + places, x.to(pointer.dtype.element_ty), exist)
+
+
+@triton.jit
+def _product(a, b, total=None):
+    """a @ b + total in fp32, of fp32 operands without tf32."""
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def _place(query_bounds, key_bounds):
+    """Return the program's block and head, and the ends of its sequence's queries and of its keys."""
+    # blocks of one sequence run side by side: they read the same rows
+    block, head, number = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    begin, end = tl.load(query_bounds + number), tl.load(query_bounds + number + 1)
+    return block, head, begin, end, tl.load(key_bounds + number), tl.load(key_bounds + number + 1)
+
+
+@triton.jit
+def attend_kernel(
+    query, key, value, out, sums, query_bounds, key_bounds, num_queries, scale,
+    QUERY: tl.constexpr, JOINT: tl.constexpr, OUT: tl.constexpr, UNITS: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Compute a block of queries' results, and the logarithm (to base 2) of the sums in their softmax."""
+    block, head, begin, end, begin_key, end_key = _place(query_bounds, key_bounds)
+    first = begin + block * BLOCK
+    if first >= end:
+        return
+    q = _load(query, first, end, head, QUERY, UNITS, BLOCK)
+    most = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    o = tl.zeros([BLOCK, q.shape[1]], tl.float32)
+    for at in range(begin_key, end_key, STEP):
+        k = _load(key, at, end_key, head, JOINT, UNITS, STEP)
+        v = _load(value, at, end_key, head, JOINT, UNITS, STEP)
+        exists = (at + tl.arange(0, STEP) < end_key)[None, :]
+        scores = tl.where(exists, _product(q, tl.trans(k)) * scale, float("-inf"))
+        new_most = tl.maximum(most, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_most[:, None])
+        shrink = tl.exp2(most - new_most)
+        total = total * shrink + tl.sum(weights, 1)
+        o = _product(weights.to(v.dtype), v, o * shrink[:, None])
+        most = new_most
+    total = tl.where(total == 0, 1.0, total)  # of a query without keys
+    rows = first + tl.arange(0, BLOCK)
+    tl.store(sums + head * num_queries + rows, most + tl.log2(total), rows < end)
+    _store(out, o / total[:, None], first, end, head, OUT, UNITS, BLOCK)
+
+
+@triton.jit
+def gradients_kernel(
+    query, key, value, out, sums, dout, dquery, dkey, dvalue, query_bounds, key_bounds,
+    num_queries, scale, scaling,
+    QUERY: tl.constexpr, JOINT: tl.constexpr, OUT: tl.constexpr, UNITS: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradients of a block of rows, as queries and as keys and values."""
+    block, head, begin, end, begin_key, end_key = _place(query_bounds, key_bounds)
+    first = begin + block * BLOCK
+    if first < end:
+        rows = first + tl.arange(0, BLOCK)
+        q = _load(query, first, end, head, QUERY, UNITS, BLOCK)
+        o = _load(out, first, end, head, OUT, UNITS, BLOCK)
+        do = _load(dout, first, end, head, OUT, UNITS, BLOCK)
+        inner = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+        row_sums = tl.load(sums + head * num_queries + rows, rows < end, 0.0)
+        dq = tl.zeros([BLOCK, q.shape[1]], tl.float32)
+        for at in range(begin_key, end_key, STEP):
+            k = _load(key, at, end_key, head, JOINT, UNITS, STEP)
+            v = _load(value, at, end_key, head, JOINT, UNITS, STEP)
+            exists = (at + tl.arange(0, STEP) < end_key)[None, :]
+            scores = tl.where(exists, _product(q, tl.trans(k)) * scale, float("-inf"))
+            weights = tl.exp2(scores - row_sums[:, None])
+            dscores = weights * (_product(do, tl.trans(v)) - inner[:, None])
+            dq = _product(dscores.to(k.dtype), k, dq)
+        _store(dquery, dq * scaling, first, end, head, QUERY, UNITS, BLOCK)
+
+    first = begin_key + block * BLOCK
+    if first < end_key:
+        k = _load(key, first, end_key, head, JOINT, UNITS, BLOCK)
+        v = _load(value, first, end_key, head, JOINT, UNITS, BLOCK)
+        dk = tl.zeros([BLOCK, k.shape[1]], tl.float32)
+        dv = tl.zeros([BLOCK, k.shape[1]], tl.float32)
+        for at in range(
+            begin, end, STEP
+        ):  # rows behind the end are zeros in `do`, too, and add nothing
+            rows = at + tl.arange(0, STEP)
+            q = _load(query, at, end, head, QUERY, UNITS, STEP)
+            o = _load(out, at, end, head, OUT, UNITS, STEP)
+            do = _load(dout, at, end, head, OUT, UNITS, STEP)
+            inner = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+            row_sums = tl.load(sums + head * num_queries + rows, rows < end, 0.0)
+            weights = tl.exp2(
+                _product(k, tl.trans(q)) * scale - row_sums[None, :]
+            )  # (keys, queries)
+            dv = _product(weights.to(do.dtype), do, dv)
+            dscores = weights * (_product(v, tl.trans(do)) - inner[None, :])
+            dk = _product(dscores.to(q.dtype), q, dk)
+        _store(dkey, dk * scaling, first, end_key, head, JOINT, UNITS, BLOCK)
+        _store(dvalue, dv, first, end_key, head, JOINT, UNITS, BLOCK)
+
+
+def attend(
+    query_NHK: Tensor | None,
+    joint_TPHK: Tensor,
+    query_bounds: Tensor,
+    key_bounds: Tensor,
+    longest_query: int,
+    longest_key: int,
+    scaling: float,
+) -> Tensor:
+    """Attend within each sequence.
+
+    Args:
+        query_NHK: queries, if they are not in `joint_TPHK`.
+        joint_TPHK: keys, values and perhaps queries before them.
+        query_bounds: (S + 1,) int32, cuts queries into sequences.
+        key_bounds: cuts keys.
+        longest_query: queries that no sequence exceeds.
+        longest_key: keys that no sequence exceeds.
+        scaling: of the products of queries and keys.
+
+    Returns:
+        (N, H, K), zeros for queries without keys.
+    """
+    bounds = query_bounds, key_bounds
+    attended_NHK: Tensor
+    attended_NHK, _ = _attend(query_NHK, joint_TPHK, *bounds, longest_query, longest_key, scaling)
+    return attended_NHK
+
+
+@torch.library.custom_op("toolkit::attend", mutates_args=())
+def _attend(
+    query: Tensor | None,
+    joint: Tensor,
+    query_bounds: Tensor,
+    key_bounds: Tensor,
+    longest_query: int,
+    longest_key: int,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    assert all(x.is_contiguous() for x in (query, joint) if x is not None), "as kernels take it"
+    out, sums = _empty(query, joint)
+    rest = query_bounds, key_bounds, len(out), scaling * LOG2_E
+    launch = attend_kernel[_grid(longest_query, joint, key_bounds)]
+    launch(*_parts(query, joint), out, sums, *rest, **_strides(query, joint), **TILES)
+    return out, sums
+
+
+@_attend.register_fake
+def _empty(query: Tensor | None, joint: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    tokens, _, heads, units = joint.shape
+    rows = tokens if query is None else query.shape[0]  # `len` would make it a constant
+    return joint.new_empty(rows, heads, units), joint.new_empty(heads, rows, dtype=torch.float32)
+
+
+def _grid(longest: int, joint: Tensor, bounds: Tensor) -> tuple[int, int, int]:
+    """Return how many blocks, heads and sequences there are."""
+    return triton.cdiv(longest, TILES["BLOCK"]), joint.shape[2], len(bounds) - 1
+
+
+def _parts(query: Tensor | None, joint: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values as views."""
+    *queries, key, value = joint.unbind(1)
+    return queries[0] if query is None else query, key, value
+
+
+def _strides(query: Tensor | None, joint: Tensor) -> dict[str, int]:
+    """Return what kernels know of the arrays' layout when they are compiled."""
+    _, parts, heads, units = joint.shape
+    row = heads * units
+    return {
+        "QUERY": parts * row if query is None else row,
+        "JOINT": parts * row,
+        "OUT": row,
+        "UNITS": units,
+    }
+
+
+@torch.library.custom_op("toolkit::attend_backward", mutates_args=())
+def _attend_backward(
+    query: Tensor | None,
+    joint: Tensor,
+    query_bounds: Tensor,
+    key_bounds: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    gradient: Tensor,
+    longest_query: int,
+    longest_key: int,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """Return gradients of `query`, empty if there is none, and of `joint`."""
+    dquery, djoint = _empty_gradients(query, joint)
+    tensors = (*_parts(query, joint), out, sums, gradient.contiguous())
+    gradients = _parts(None if query is None else dquery, djoint)
+    rest = query_bounds, key_bounds, len(out), scaling * LOG2_E, scaling
+    launch = gradients_kernel[_grid(max(longest_query, longest_key), joint, key_bounds)]
+    launch(*tensors, *gradients, *rest, **_strides(query, joint), **TILES)
+    return dquery, djoint
+
+
+@_attend_backward.register_fake
+def _empty_gradients(query: Tensor | None, joint: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return joint.new_empty(0) if query is None else torch.empty_like(query), torch.empty_like(joint)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.settings = inputs[4:]
+    ctx.save_for_backward(*inputs[:4], *output)
+
+
+@partial(_attend.register_autograd, setup_context=_keep)
+def _differentiate(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    query = ctx.saved_tensors[0]
+    dquery, djoint = _attend_backward(*ctx.saved_tensors, gradient, *ctx.settings)
+    return None if query is None else dquery, djoint, *[None] * 5
