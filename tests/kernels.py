@@ -16,6 +16,7 @@ def interpret_triton() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")  # read where Triton's functions are defined
         import triton
+    triton.knobs.propagate_env = False  # to programs that a test starts
     triton.knobs.runtime.interpret = True  # and where others are
 
 

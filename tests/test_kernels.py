@@ -1,6 +1,8 @@
-"""The kernels for a GPU: what they compute. Where there is none, Triton's interpreter runs them."""
+"""The GPU's code where there is no GPU: the kernels interpreted, and all of a step compiled for one."""
 
+import json
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels import use_kernels
+from tests.programs import ROOT, run_python
 from toolkit.model import attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,3 +67,20 @@ def test_results_and_gradients(
     for mine, exact in zip(ours, theirs, strict=True):
         assert mine.isfinite().all()
         assert float((mine - exact).norm() / exact.norm()) < tolerance
+
+
+def test_a_gpus_compiler_takes_all_of_a_step(tiny_encoder: Path) -> None:
+    """The kernels, and what Inductor writes, to which a constant of dropout's hash once was too large."""
+    worker = ROOT / "tests" / "workers" / "compile_for_gpu.py"
+    done = run_python(worker, tiny_encoder, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    built = json.loads(done.stdout.splitlines()[-1])
+    names = [name for name, *_ in built]
+    assert {(name, capability) for name, capability, _ in built} >= {
+        (name, capability)
+        for name in ("attend_kernel", "gradients_kernel")
+        for capability in (80, 90)
+    }
+    assert sum(name.startswith("triton_") for name in names) > 35
+    assert sum("bitwise_xor" in name for name in names) >= 5, "each dropout of two layers"
+    assert not [name for name, _, spilled in built if spilled]
