@@ -121,6 +121,8 @@ def devices() -> Iterator[Finding]:
         yield Finding("ok", "bf16 in hardware")
     else:
         yield Finding("warning", "no bf16 in hardware: use --precision fp32")
+    if not (os.environ.get("CC") or _found("gcc") or _found("clang")):
+        yield Finding("warning", "no C compiler for Triton: install gcc, or reviews are padded")
 
 
 def _default_launch() -> Path:

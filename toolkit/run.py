@@ -322,6 +322,10 @@ class Run:
         )
         for name, plan in facts["precision_plan"].items():
             self.say(f"  {name.replace('_', ' ')}: {plan}")
+        if config.batching == "auto" and self.padded and config.precision == "bf16":
+            self.say(
+                "  padded, because packs need a GPU from Ampere on, triton, and a C compiler (or CC=)"
+            )
         if gains_by_compiling(config, runtime, self.padded, num_steps - self.progress.step):
             self.say(
                 "  --compile would take a minute; on an H100 it made steps 1.8 to 3.8 times as fast"

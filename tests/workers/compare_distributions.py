@@ -51,6 +51,8 @@ def exchange_in_small_pieces(runtime: Runtime, pieces: bool) -> None:
     if runtime.is_zero:
         settings = runtime.accelerator.state.deepspeed_plugin.deepspeed_config
         settings["zero_optimization"]["reduce_bucket_size"] = 5000 if pieces else int(5e8)
+        # else weights as small as these are on all ranks, and never gathered
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     else:
         assert runtime.accelerator.ddp_handler
         runtime.accelerator.ddp_handler.bucket_cap_mb = 0.02 if pieces else 25

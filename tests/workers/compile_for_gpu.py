@@ -29,8 +29,8 @@ from toolkit.model.classifier import ClassifierSpec, build_classifier
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TYPES = {"sums": "*fp32", "num_queries": "i32", "scale": "fp32", "scaling": "fp32"}
-WIDTHS = {"QUERY": 2304, "JOINT": 2304, "OUT": 768, "UNITS": 64}
-"""BERT-base's."""
+WIDTHS = {"QUERY": 2304, "JOINT": 2304, "OUT": 768, "UNITS": 64, "HEADS": 12, "BLOCKS": 4}
+"""BERT-base's, and four blocks for 256 tokens."""
 Result = tuple[str, int, int]
 
 

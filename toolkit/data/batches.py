@@ -11,7 +11,7 @@ import numpy as np
 
 from toolkit.data.cache import TokenSplit
 from toolkit.data.hashing import hash64
-from toolkit.data.steps import filled, round_up, runs_within, unit
+from toolkit.data.steps import filled, runs_within, unit
 
 NO_ROWS = np.zeros(0, dtype=np.int64)
 STAND_IN = np.arange(2)
@@ -117,13 +117,12 @@ def _pack(
     """Lay sequences one after the other, and fill up to one of few sizes.
 
     The filling, 3 % on average, is cut into sequences like any others, because a kernel may rely on
-    `longest`; empty ones, a tenth on average, make up the rest of the bounds to one of few sizes, too.
+    `longest`; empty ones, which cost next to nothing, make up the rest of the bounds to one of few sizes.
     """
     used, total = len(tokens), filled(len(tokens))
     ends = np.cumsum(lengths)
     cuts = np.minimum(np.arange(used + longest, total + longest, longest), total)
-    needed = len(lengths) + -(-unit(used) // longest)
-    slots = round_up(needed, max(8, 1 << needed.bit_length() >> 3))
+    slots = _few(len(lengths) + -(-unit(used) // longest))
     bounds = np.full(slots + 1, total, np.int32)
     bounds[: 1 + len(ends) + len(cuts)] = np.concatenate([[0], ends, cuts])
     rest = (0, total - used)
@@ -134,6 +133,12 @@ def _pack(
         "bounds": bounds,
         "attention_mask": None,
     }
+
+
+def _few(sequences: int) -> int:
+    """Return the next of two sizes from one power of two to the next, which a batch of that size fits."""
+    power = max(8, 1 << (sequences.bit_length() - 1))
+    return next(size for size in (power, power + power // 4, 2 * power) if size >= sequences)
 
 
 def evaluation_batches(

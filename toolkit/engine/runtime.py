@@ -168,7 +168,8 @@ class Runtime:
         """
         draws = int(key64("draws", seed, step, self.rank)) >> 1
         torch.default_generator.manual_seed(draws)  # `torch.manual_seed` takes 0.1 to 0.6 ms
-        torch.cuda.manual_seed(draws)  # of the current one; on a CPU it only notes the number
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(draws)  # of the current device, which is this rank's
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[None]:
         """Let gradients be summed over the ranks in the last micro-batch of a step only."""

@@ -1,4 +1,4 @@
-"""Self-attention within each sequence of a packed micro-batch; padded ones go through stock BERT.
+"""Self-attention within each sequence of a packed micro-batch; padded ones go through BERT's own.
 
 A GPU has kernels for that (`toolkit.model.kernels`), which need bf16. Elsewhere one call of torch's
 attention follows the other.
@@ -7,7 +7,9 @@ Shapes: S rows of L tokens each, or T packed tokens in S sequences, N of which a
 of a product, H heads, K units a head. `bounds` (S + 1,) int32 cuts the packed tokens into sequences.
 """
 
+import os
 from importlib.util import find_spec
+from shutil import which
 from typing import Any
 
 import torch
@@ -49,13 +51,16 @@ class PackedSelfAttention(BertSelfAttention):
             first_SHK = None
             joint_TPHK = self._project(hidden_states, self.query, self.key, self.value)
         else:
-            first_SHK = self._project(first_1SD, self.query).squeeze(1)
+            first_SHK = self.query(first_1SD)[0].unflatten(-1, (self.num_attention_heads, -1))
             joint_TPHK = self._project(hidden_states, self.key, self.value)
         attended_NHK = attend(first_SHK, joint_TPHK, bounds, longest, self.scaling)
         return attended_NHK.flatten(1).unsqueeze(0), None
 
     def _project(self, x_1ND: Tensor, *layers: nn.Linear) -> Tensor:
-        """Apply layers as one product, which is faster than one each; return (N, P, H, K)."""
+        """Apply layers as one product, which is faster than one each; return (N, P, H, K).
+
+        Their weights are read and they are not called: hooks on them would see padded batches only.
+        """
         weight = torch.cat([layer.weight for layer in layers])
         bias = torch.cat([layer.bias for layer in layers])
         shape = len(layers), self.num_attention_heads, self.attention_head_size
@@ -77,8 +82,12 @@ def attend(
     Returns:
         (N, H, K), N being S or T; zeros for empty sequences.
     """
-    singles = torch.arange(len(bounds), dtype=bounds.dtype, device=bounds.device)
-    query_bounds, most = (bounds, longest) if first_SHK is None else (singles, 1)
+    assert longest > 0, (
+        "what no sequence exceeds has to be said: a kernel's blocks are counted by it"
+    )
+    query_bounds, most = bounds, longest
+    if first_SHK is not None:
+        query_bounds, most = torch.arange(len(bounds), dtype=bounds.dtype, device=bounds.device), 1
     if has_kernel(joint_TPHK):
         from toolkit.model import kernels  # needs triton, which comes with torch for GPUs only
 
@@ -102,8 +111,14 @@ def has_fast_packing(device: torch.device, precision: str) -> bool:
 
 @torch.compiler.assume_constant_result
 def _gpu_has_kernels() -> bool:
-    """Tell whether the GPU knows bf16 (from Ampere on), and triton is there to compile for it."""
-    return torch.cuda.get_device_capability() >= (8, 0) and find_spec("triton") is not None
+    """Tell whether the GPU knows bf16 (from Ampere on), and Triton can compile for it here."""
+    compiles = find_spec("triton") is not None and c_compiler() is not None
+    return torch.cuda.get_device_capability() >= (8, 0) and compiles
+
+
+def c_compiler() -> str | None:
+    """Return the compiler that Triton makes its way into the driver with, if there is one."""
+    return os.environ.get("CC") or which("clang") or which("gcc")
 
 
 @torch.compiler.disable  # each batch has other lengths

@@ -61,10 +61,11 @@ def _product(a, b, total=None):
 
 
 @triton.jit
-def _place(query_bounds, key_bounds):
+def _place(query_bounds, key_bounds, HEADS: tl.constexpr, BLOCKS: tl.constexpr):
     """Return the program's block and head, and the ends of its sequence's queries and of its keys."""
     # blocks of one sequence run side by side: they read the same rows
-    block, head, number = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    program = tl.program_id(0)
+    block, head, number = program % BLOCKS, program // BLOCKS % HEADS, program // (BLOCKS * HEADS)
     begin, end = tl.load(query_bounds + number), tl.load(query_bounds + number + 1)
     return block, head, begin, end, tl.load(key_bounds + number), tl.load(key_bounds + number + 1)
 
@@ -73,10 +74,10 @@ def _place(query_bounds, key_bounds):
 def attend_kernel(
     query, key, value, out, sums, query_bounds, key_bounds, num_queries, scale,
     QUERY: tl.constexpr, JOINT: tl.constexpr, OUT: tl.constexpr, UNITS: tl.constexpr,
-    BLOCK: tl.constexpr, STEP: tl.constexpr,
+    HEADS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Compute a block of queries' results, and the logarithm (to base 2) of the sums in their softmax."""
-    block, head, begin, end, begin_key, end_key = _place(query_bounds, key_bounds)
+    block, head, begin, end, begin_key, end_key = _place(query_bounds, key_bounds, HEADS, BLOCKS)
     first = begin + block * BLOCK
     if first >= end:
         return
@@ -106,10 +107,10 @@ def gradients_kernel(
     query, key, value, out, sums, dout, dquery, dkey, dvalue, query_bounds, key_bounds,
     num_queries, scale, scaling,
     QUERY: tl.constexpr, JOINT: tl.constexpr, OUT: tl.constexpr, UNITS: tl.constexpr,
-    BLOCK: tl.constexpr, STEP: tl.constexpr,
+    HEADS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of a block of rows, as queries and as keys and values."""
-    block, head, begin, end, begin_key, end_key = _place(query_bounds, key_bounds)
+    block, head, begin, end, begin_key, end_key = _place(query_bounds, key_bounds, HEADS, BLOCKS)
     first = begin + block * BLOCK
     if first < end:
         rows = first + tl.arange(0, BLOCK)
@@ -135,18 +136,15 @@ def gradients_kernel(
         v = _load(value, first, end_key, head, JOINT, UNITS, BLOCK)
         dk = tl.zeros([BLOCK, k.shape[1]], tl.float32)
         dv = tl.zeros([BLOCK, k.shape[1]], tl.float32)
-        for at in range(
-            begin, end, STEP
-        ):  # rows behind the end are zeros in `do`, too, and add nothing
+        # rows behind the end are zeros in `do`, too, and add nothing; weights lie (keys, queries)
+        for at in range(begin, end, STEP):
             rows = at + tl.arange(0, STEP)
             q = _load(query, at, end, head, QUERY, UNITS, STEP)
             o = _load(out, at, end, head, OUT, UNITS, STEP)
             do = _load(dout, at, end, head, OUT, UNITS, STEP)
             inner = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
             row_sums = tl.load(sums + head * num_queries + rows, rows < end, 0.0)
-            weights = tl.exp2(
-                _product(k, tl.trans(q)) * scale - row_sums[None, :]
-            )  # (keys, queries)
+            weights = tl.exp2(_product(k, tl.trans(q)) * scale - row_sums[None, :])
             dv = _product(weights.to(do.dtype), do, dv)
             dscores = weights * (_product(v, tl.trans(do)) - inner[None, :])
             dk = _product(dscores.to(q.dtype), q, dk)
@@ -193,11 +191,10 @@ def _attend(
     longest_key: int,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
-    assert all(x.is_contiguous() for x in (query, joint) if x is not None), "as kernels take it"
     out, sums = _empty(query, joint)
     rest = query_bounds, key_bounds, len(out), scaling * LOG2_E
-    launch = attend_kernel[_grid(longest_query, joint, key_bounds)]
-    launch(*_parts(query, joint), out, sums, *rest, **_strides(query, joint), **TILES)
+    sizes = len(key_bounds) - 1, longest_query
+    _launch(attend_kernel, *sizes, query, joint, out, sums, *rest)
     return out, sums
 
 
@@ -206,29 +203,6 @@ def _empty(query: Tensor | None, joint: Tensor, *rest: Any) -> tuple[Tensor, Ten
     tokens, _, heads, units = joint.shape
     rows = tokens if query is None else query.shape[0]  # `len` would make it a constant
     return joint.new_empty(rows, heads, units), joint.new_empty(heads, rows, dtype=torch.float32)
-
-
-def _grid(longest: int, joint: Tensor, bounds: Tensor) -> tuple[int, int, int]:
-    """Return how many blocks, heads and sequences there are."""
-    return triton.cdiv(longest, TILES["BLOCK"]), joint.shape[2], len(bounds) - 1
-
-
-def _parts(query: Tensor | None, joint: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries, keys and values as views."""
-    *queries, key, value = joint.unbind(1)
-    return queries[0] if query is None else query, key, value
-
-
-def _strides(query: Tensor | None, joint: Tensor) -> dict[str, int]:
-    """Return what kernels know of the arrays' layout when they are compiled."""
-    _, parts, heads, units = joint.shape
-    row = heads * units
-    return {
-        "QUERY": parts * row if query is None else row,
-        "JOINT": parts * row,
-        "OUT": row,
-        "UNITS": units,
-    }
 
 
 @torch.library.custom_op("toolkit::attend_backward", mutates_args=())
@@ -246,17 +220,44 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return gradients of `query`, empty if there is none, and of `joint`."""
     dquery, djoint = _empty_gradients(query, joint)
-    tensors = (*_parts(query, joint), out, sums, gradient.contiguous())
     gradients = _parts(None if query is None else dquery, djoint)
+    tensors = *(x.contiguous() for x in (out, sums, gradient)), *gradients
     rest = query_bounds, key_bounds, len(out), scaling * LOG2_E, scaling
-    launch = gradients_kernel[_grid(max(longest_query, longest_key), joint, key_bounds)]
-    launch(*tensors, *gradients, *rest, **_strides(query, joint), **TILES)
+    sizes = len(key_bounds) - 1, max(longest_query, longest_key)
+    _launch(gradients_kernel, *sizes, query, joint, *tensors, *rest)
     return dquery, djoint
 
 
 @_attend_backward.register_fake
 def _empty_gradients(query: Tensor | None, joint: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return joint.new_empty(0) if query is None else torch.empty_like(query), torch.empty_like(joint)
+
+
+def _launch(
+    kernel: Any, sequences: int, longest: int, query: Tensor | None, joint: Tensor, *rest: Any
+) -> None:
+    """Start a program for each block, head and sequence; the kernel gets `rest` after its inputs."""
+    assert all(x.is_contiguous() for x in (query, joint) if x is not None), "`_tile` counts on it"
+    _, parts, heads, units = joint.shape
+    blocks = triton.cdiv(longest, TILES["BLOCK"])
+    row = heads * units
+    layout = {
+        "QUERY": parts * row if query is None else row,
+        "JOINT": parts * row,
+        "OUT": row,
+        "UNITS": units,
+        "HEADS": heads,
+        "BLOCKS": blocks,
+    }
+    with torch.cuda.device_of(joint):
+        start = kernel[(sequences * heads * blocks,)]
+        start(*_parts(query, joint), *rest, **layout, **TILES)
+
+
+def _parts(query: Tensor | None, joint: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values as views."""
+    *queries, key, value = joint.unbind(1)
+    return queries[0] if query is None else query, key, value
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

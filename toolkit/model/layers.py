@@ -59,7 +59,8 @@ class CompactLayerNorm(nn.LayerNorm):
     """LayerNorm that computes in fp32 under autocast and hands on what the next product will read.
 
     Autocast would leave its result in fp32, 4 bytes a unit, to be read again for the residual and as a
-    gradient; products round it to bf16 anyway.
+    gradient. Products round it to bf16 anyway; now the residual, and its sum with a layer's output, are
+    bf16, too.
     """
 
     def forward(self, x: Tensor) -> Tensor:
