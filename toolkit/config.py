@@ -136,7 +136,7 @@ class RunConfig:
     max_skipped: int = option(10, "[0, inf)")
     """Give up as diverged after more steps than this with a loss or gradient that is not finite."""
     precision: Literal["bf16", "fp32"] = option("bf16")
-    """bf16: autocast over fp32 weights. fp32: no autocast."""
+    """bf16: autocast over fp32 weights, LayerNorm's results in bf16, too. fp32: no autocast."""
     batching: Literal["auto", "packed", "padded"] = option("auto")
     """packed: no padding. padded: stock BERT. auto: packed, but for fp32 on a GPU and for GPUs older than
     Ampere, which have no kernel for it."""
