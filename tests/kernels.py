@@ -23,6 +23,10 @@ def interpret_triton() -> None:
 def use_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let packed attention take the kernels on this machine's device."""
     pytest.importorskip("triton")
-    from toolkit.model import attention
+    from toolkit.model import attention, kernels
 
     monkeypatch.setattr(attention, "has_kernel", lambda x: True)
+    if (
+        not torch.cuda.is_available()
+    ):  # fewer turns of loops, which the interpreter takes its time for
+        monkeypatch.setitem(kernels.TILES, "STEP", 64)
