@@ -26,7 +26,5 @@ def use_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     from toolkit.model import attention, kernels
 
     monkeypatch.setattr(attention, "has_kernel", lambda x: True)
-    if (
-        not torch.cuda.is_available()
-    ):  # fewer turns of loops, which the interpreter takes its time for
+    if not torch.cuda.is_available():  # the interpreter takes its time for each turn of a loop
         monkeypatch.setitem(kernels.TILES, "STEP", 64)

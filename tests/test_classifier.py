@@ -118,6 +118,20 @@ def test_the_last_layer_computes_what_is_read(
     assert seen == [padded.input_ids.shape] * 2
 
 
+def test_norms_hand_on_what_products_read(tiny_encoder: Path) -> None:
+    """Computed in fp32, of inputs in either precision; without autocast nothing is rounded."""
+    model, _ = build_classifier(ClassifierSpec(), tiny_encoder, NAMES)
+    norms = [layer for layer in model.bert.modules() if isinstance(layer, torch.nn.LayerNorm)]
+    assert len(norms) == 5
+    x = torch.randn(3, 32)
+    for norm in norms:
+        exact = functional.layer_norm(x, (32,), norm.weight, norm.bias, norm.eps)
+        assert torch.equal(norm(x), exact)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(norm(x), exact.bfloat16())
+            assert norm(x.bfloat16()).dtype == torch.bfloat16
+
+
 def test_padded_is_stock_bert(split, runtime: Runtime, tiny_encoder: Path) -> None:
     """Encoder, pooler and v1 against BertModel and BertForSequenceClassification, gradients too."""
     model, _ = build_classifier(ClassifierSpec("v1"), tiny_encoder, NAMES)

@@ -2,12 +2,15 @@
 
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
 from tests.programs import ROOT
 from toolkit import doctor
+from toolkit.model import attention
 from toolkit.ranks import LAUNCH_FOLDER, RanksError, ask
 
 
@@ -121,3 +124,18 @@ def test_a_launch_config_that_is_not_there(capsys: pytest.CaptureFixture[str]) -
         doctor.main(["--launch", "launch/nope.yaml"])
     assert caught.value.code == 2
     assert "zero2_offload.yaml" in capsys.readouterr().err
+
+
+def test_a_gpu_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton has to compile there; no GPU is needed to see that doctor says so."""
+    facts = SimpleNamespace(name="A GPU", total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: facts)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
+    monkeypatch.setenv("CC", "mycc")
+    assert [finding.level for finding in doctor.devices()] == ["ok", "ok"]
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr(attention, "which", lambda name: None)
+    *_, last = doctor.devices()
+    assert (last.level, "install gcc" in last.text) == ("warning", True)

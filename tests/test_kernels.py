@@ -69,6 +69,20 @@ def test_results_and_gradients(
         assert float((mine - exact).norm() / exact.norm()) < tolerance
 
 
+def test_packs_need_what_triton_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else `batching: auto` pads: a GPU from Ampere on, and a C compiler."""
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(attention, "which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    assert not attention.has_fast_packing(gpu, "bf16")
+    monkeypatch.setenv("CC", "mycc")
+    assert attention.has_fast_packing(gpu, "bf16")
+    assert not attention.has_fast_packing(gpu, "fp32")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert not attention.has_fast_packing(gpu, "bf16")
+
+
 def test_a_gpus_compiler_takes_all_of_a_step(tiny_encoder: Path) -> None:
     """The kernels, and what Inductor writes, to which a constant of dropout's hash once was too large."""
     worker = ROOT / "tests" / "workers" / "compile_for_gpu.py"

@@ -46,7 +46,7 @@ MAY_IMPORT = {
     | {"config", "data", "engine", "experiments", "imports", "model", "prepare", "ranks", "run"},
     "rehearsal": {"config", "engine", "imports", "model", "prepare", "ranks", "run"},
     "hello": {"engine", "ranks"},
-    "doctor": {"config", "console", "ranks", "record"},
+    "doctor": {"config", "console", "model", "ranks", "record"},
     "__main__": {"console"},
     "__init__": set(),
 }

@@ -114,6 +114,8 @@ def devices() -> Iterator[Finding]:
         speed = "in hardware" if fast else "emulated: --precision fp32 may be faster"
         yield Finding("ok" if fast else "warning", f"bf16 {speed}")
         return
+    from toolkit.model.attention import c_compiler
+
     for number in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(number)
         yield Finding("ok", f"GPU {number}: {facts.name}, {facts.total_memory / 2**30:.0f} GiB")
@@ -121,7 +123,7 @@ def devices() -> Iterator[Finding]:
         yield Finding("ok", "bf16 in hardware")
     else:
         yield Finding("warning", "no bf16 in hardware: use --precision fp32")
-    if not (os.environ.get("CC") or _found("gcc") or _found("clang")):
+    if not c_compiler():
         yield Finding("warning", "no C compiler for Triton: install gcc, or reviews are padded")
 
 

@@ -105,7 +105,7 @@ def inductors_kernels(encoder: Path) -> list[Any]:
     config.cpu_backend = "triton"
     config.fx_graph_cache = False
     attention.has_kernel = lambda x: True
-    kernels._attend.register_kernel("cpu")(kernels._empty)
+    kernels.attend.register_kernel("cpu")(kernels._empty)
     kernels._attend_backward.register_kernel("cpu")(kernels._empty_gradients)
     runtime = Runtime("bf16", 1)
     model, _ = build_classifier(ClassifierSpec(), encoder, ("neg", "pos"))

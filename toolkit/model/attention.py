@@ -91,7 +91,9 @@ def attend(
     if has_kernel(joint_TPHK):
         from toolkit.model import kernels  # needs triton, which comes with torch for GPUs only
 
-        return kernels.attend(first_SHK, joint_TPHK, query_bounds, bounds, most, longest, scaling)
+        inputs = first_SHK, joint_TPHK, query_bounds, bounds
+        attended_NHK, _ = kernels.attend(*inputs, most, longest, scaling)
+        return attended_NHK
     *queries, key, value = joint_TPHK.unbind(1)
     query = queries[0] if first_SHK is None else first_SHK
     return _one_by_one(query, key, value, query_bounds, bounds, scaling)

@@ -152,37 +152,8 @@ def gradients_kernel(
         _store(dvalue, dv, first, end_key, head, JOINT, UNITS, BLOCK)
 
 
-def attend(
-    query_NHK: Tensor | None,
-    joint_TPHK: Tensor,
-    query_bounds: Tensor,
-    key_bounds: Tensor,
-    longest_query: int,
-    longest_key: int,
-    scaling: float,
-) -> Tensor:
-    """Attend within each sequence.
-
-    Args:
-        query_NHK: queries, if they are not in `joint_TPHK`.
-        joint_TPHK: keys, values and perhaps queries before them.
-        query_bounds: (S + 1,) int32, cuts queries into sequences.
-        key_bounds: cuts keys.
-        longest_query: queries that no sequence exceeds.
-        longest_key: keys that no sequence exceeds.
-        scaling: of the products of queries and keys.
-
-    Returns:
-        (N, H, K), zeros for queries without keys.
-    """
-    bounds = query_bounds, key_bounds
-    attended_NHK: Tensor
-    attended_NHK, _ = _attend(query_NHK, joint_TPHK, *bounds, longest_query, longest_key, scaling)
-    return attended_NHK
-
-
 @torch.library.custom_op("toolkit::attend", mutates_args=())
-def _attend(
+def attend(
     query: Tensor | None,
     joint: Tensor,
     query_bounds: Tensor,
@@ -191,6 +162,20 @@ def _attend(
     longest_key: int,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
+    """Attend within each sequence.
+
+    Args:
+        query: (N, H, K), if queries are not in `joint`.
+        joint: (T, P, H, K), keys, values and perhaps queries before them.
+        query_bounds: (S + 1,) int32, cuts queries into sequences.
+        key_bounds: cuts keys.
+        longest_query: queries that no sequence exceeds.
+        longest_key: keys that no sequence exceeds; for the backward pass.
+        scaling: of the products of queries and keys.
+
+    Returns:
+        (N, H, K), zeros for queries without keys; and (H, N), the logarithms of softmax's sums.
+    """
     out, sums = _empty(query, joint)
     rest = query_bounds, key_bounds, len(out), scaling * LOG2_E
     sizes = len(key_bounds) - 1, longest_query
@@ -198,7 +183,7 @@ def _attend(
     return out, sums
 
 
-@_attend.register_fake
+@attend.register_fake
 def _empty(query: Tensor | None, joint: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     tokens, _, heads, units = joint.shape
     rows = tokens if query is None else query.shape[0]  # `len` would make it a constant
@@ -265,7 +250,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(*inputs[:4], *output)
 
 
-@partial(_attend.register_autograd, setup_context=_keep)
+@partial(attend.register_autograd, setup_context=_keep)
 def _differentiate(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     query = ctx.saved_tensors[0]
     dquery, djoint = _attend_backward(*ctx.saved_tensors, gradient, *ctx.settings)
