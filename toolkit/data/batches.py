@@ -136,9 +136,13 @@ def _pack(
 
 
 def _few(sequences: int) -> int:
-    """Return the next of two sizes from one power of two to the next, which a batch of that size fits."""
+    """Return the next of two sizes from one power of two to the next, which a batch of that size fits.
+
+    Multiples of 8, as matrix units want them: the last layer has a row for each sequence.
+    """
     power = max(8, 1 << (sequences.bit_length() - 1))
-    return next(size for size in (power, power + power // 4, 2 * power) if size >= sequences)
+    sizes = power, power + max(8, power // 4), 2 * power
+    return next(size for size in sizes if size >= sequences)
 
 
 def evaluation_batches(
