@@ -1,8 +1,15 @@
 """The benchmark's arithmetic: ratios are of one turn, and everything that was measured is shown."""
 
+import json
+from collections import Counter
+from pathlib import Path
+
 import pytest
 
-from tests.bench import report
+from tests.bench import report, steps
+from tests.tiny import make_trainer
+from toolkit.data.cache import TokenSplit
+from toolkit.engine.loop import micro_batches
 
 RATES = {"fp32": 1e9, "bf16": 2e9, "bytes_per_s": 1e10}
 
@@ -46,3 +53,30 @@ def test_all_figures_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     peer, ratio = (line for line in lines if line.startswith("in_fp32"))
     assert "0.25 (0.25 to 0.25)" in peer, "the share of padding"
     assert "2.5 (2 to 3)" in ratio
+
+
+def test_steps_count_when_their_sizes_were_met(split: TokenSplit, tiny_encoder: Path) -> None:
+    settings = {"batch_size": 24, "max_steps": 15, "grad_accum": 2, "epochs": 9.0}
+    trainer = make_trainer(split, tiny_encoder, **settings)
+    met, counted = Counter[tuple[int, ...]](), 0
+    for step in range(15):
+        now = [(b.computed_tokens, len(b.bounds)) for b in micro_batches(trainer, step)]
+        counted += all(met[size] >= 2 for size in now)
+        met.update(now)
+    times = steps.time_steps(trainer, 15)
+    assert 0 < counted < 13
+    assert len(times.seconds) == counted
+    assert times.left_out == 15 - counted
+
+
+@pytest.mark.parametrize("name", ["ours", "trainer_best"])
+def test_step_times_are_shown(
+    name: str, split: TokenSplit, tiny_encoder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measure = steps.measure_ours if name == "ours" else steps.measure_peer
+    measure(name, 12, 10, tiny_encoder, split)
+    printed = capsys.readouterr().out.splitlines()  # the Trainer's own lines, too
+    [line] = [json.loads(line) for line in printed if line.startswith('{"contender"')]
+    assert line["contender"] == name
+    assert line["batch_size"] == 12
+    assert line["reviews_per_s"] == pytest.approx(12e3 / line["step_ms"], rel=1e-3)

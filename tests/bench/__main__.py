@@ -12,7 +12,6 @@ machine reached in the same session.
 import argparse
 import json
 import os
-import shutil
 import statistics
 import tempfile
 from pathlib import Path
@@ -21,9 +20,10 @@ from typing import Any
 import torch
 
 from tests.bench import limits, report
+from tests.bench.encoder import write_whole_encoder
 from tests.bench.reviews import write_hub_folder
 from tests.programs import TRAIN, run_for_peak
-from toolkit.assets import MINILM, TOKENIZER_FILES, fetch
+from toolkit.assets import MINILM, fetch
 from toolkit.config import RunConfig, cache_dir, parse
 from toolkit.console import say
 from toolkit.data.cache import TokenCache
@@ -37,7 +37,7 @@ ON_A_GPU = ("ours_compiled", "trainer_compiled")
 """On a CPU the lengths make the Trainer's model compile again and again, and ours gained 4 %, once."""
 LOG_EVERY = 5
 SHAPE_ONLY = "bert-base-shape"
-"""BERT-base with random weights: there may be no hub."""
+"""See `tests.bench.encoder`."""
 
 
 def shared_parser(about: str | None = __doc__) -> argparse.ArgumentParser:
@@ -80,15 +80,8 @@ def prepare_encoder(options: argparse.Namespace) -> None:
     fetch(MINILM, shared.parent)
     (options.folder / "cache").mkdir()
     (options.folder / "cache" / "assets").symlink_to(shared)
-    if options.encoder != SHAPE_ONLY:
-        return
-    from transformers import BertConfig, BertModel
-
-    folder = options.folder / "encoder"
-    BertModel(BertConfig()).save_pretrained(folder)
-    for name in TOKENIZER_FILES:
-        shutil.copy(fetch(MINILM, shared.parent) / name, folder)  # the same vocabulary
-    options.encoder = str(folder)
+    if options.encoder == SHAPE_ONLY:
+        options.encoder = str(write_whole_encoder(options.folder / "encoder", shared.parent))
 
 
 def ours(name: str, options: argparse.Namespace) -> dict[str, Any]:

@@ -26,18 +26,20 @@ from toolkit.data.steps import Stream, cost, deal
 
 MIN_TOKENS, MEDIAN_TOKENS, SPREAD, MAX_TOKENS = 18, 90, 0.52, 256
 """A log-normal with a mean of 104 tokens, as Amazon Polarity's reviews have."""
+VOCABULARY = 30_522
+"""BERT's."""
 SECONDS = 2.0
 BALANCE_STEPS = 200
 BATCHES, RANKS = (16, 32, 256), (2, 8, 32, 64)
 
 
 def make_split(folder: Path, rows: int) -> TokenSplit:
-    """Write token arrays of this many rows, and map them as training does."""
+    """Write random tokens of this many rows, and map them as training does."""
     dice = np.random.default_rng(0)
     drawn = dice.lognormal(np.log(MEDIAN_TOKENS), SPREAD, rows).astype(np.int64)
     offsets = np.append(0, np.cumsum(np.clip(drawn, MIN_TOKENS, MAX_TOKENS)))
     path = folder / "tokens.bin"
-    np.zeros(offsets[-1], np.uint16).tofile(path)
+    dice.integers(0, VOCABULARY, offsets[-1], np.uint16).tofile(path)
     tokens = np.memmap(path, np.uint16, mode="r")
     return TokenSplit(tokens, offsets, np.zeros(rows, np.uint8), np.arange(rows))
 

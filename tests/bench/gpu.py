@@ -1,41 +1,97 @@
-"""All that the goals ask of one GPU, in one command: right first, then fast.
+"""All that the goals ask of one GPU, in one command; what is asked for most comes first.
 
-    python -m tests.bench.gpu        alone; not yet run on a GPU, so nobody knows how long it takes
+    python -m tests.bench.gpu                  all; not yet run on a GPU: nobody knows how long it takes
+    python -m tests.bench.gpu steps tests      some of it
 
-Tests of the CUDA path; a batch of 32 beside every peer (bench-gpu-32.json); a batch of 1,024, whose
-reviews/s say how long an epoch of 3.6 M takes (bench-gpu-1024.json); what `toolkit plan` foresees of
-MiniLM. The first two are of BERT-base's shape with random weights, so no hub is needed.
+steps    our steps of 1,024, 256 and 32 reviews, and the Trainer's of 32 (minutes: no data set, no hub)
+tests    of the CUDA path
+plan     what `toolkit plan` foresees, against runs
+peers    whole runs, of 32 beside every peer (bench-gpu-32.json) and of 1,024 (bench-gpu-1024.json)
+
+The model has BERT-base's shape and random weights, so no hub is needed.
 """
 
+import argparse
 import json
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from tests.bench import __main__ as bench
-from tests.bench import plan
+from tests.bench import plan as bench_plan
+from tests.bench.encoder import write_whole_encoder
 from tests.programs import ROOT
+from toolkit.config import RunConfig, cache_dir
 from toolkit.console import say
 
 AMAZON_POLARITY = 3_600_000
+STEPS = (
+    ("ours_compiled", 1024),
+    ("ours_compiled", 256),
+    ("ours_compiled", 32),
+    ("trainer_best", 32),
+    ("trainer_compiled", 32),
+    ("ours", 32),
+)
 FEW = ["--batch_size=32", "--rows=12800", "--out=bench-gpu-32.json"]
 MANY = ["--batch_size=1024", "--rows=131072", "--out=bench-gpu-1024.json", "--repeats=3"]
 
 
-def main() -> None:
-    """Run them one after the other; stop at the first that fails."""
-    if not torch.cuda.is_available():
-        sys.exit("torch sees no GPU here; on a CPU type: python -m tests.bench --rows 192")
-    say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    subprocess.run([sys.executable, "-m", "pytest", "tests/test_cuda.py"], cwd=ROOT, check=True)
+def steps() -> None:
+    """Time steps, each contender in a process of its own: what one leaves in memory slows another."""
+    for name, batch_size in STEPS:
+        _run("tests.bench.steps", name, str(batch_size))
+
+
+def tests() -> None:
+    """Test the CUDA path, kernels included."""
+    _run("pytest", "tests/test_cuda.py", "tests/test_kernels.py")
+
+
+def plan() -> None:
+    """Hold `toolkit plan` against runs."""
+    with tempfile.TemporaryDirectory() as folder:
+        encoder = write_whole_encoder(Path(folder) / "encoder", cache_dir(RunConfig()))
+        bench_plan.main([32, 256], [f"--encoder={encoder}"])
+
+
+def peers() -> None:
+    """Run whole trainings beside the peers, and of many reviews a step."""
     bench.main([f"--encoder={bench.SHAPE_ONLY}", *FEW])
     bench.main([f"--encoder={bench.SHAPE_ONLY}", *MANY, "--only", "ours_compiled"])
     figures = json.loads(Path("bench-gpu-1024.json").read_text())["contenders"]["ours_compiled"]
     rate = figures["reviews_per_s"]["median"]
     say(f"\n{rate:,.0f} reviews/s: {AMAZON_POLARITY / rate / 60:.1f} minutes for an epoch of 3.6 M")
-    plan.main([32, 256])
+
+
+PARTS: dict[str, Callable[[], None]] = {
+    "steps": steps,
+    "tests": tests,
+    "plan": plan,
+    "peers": peers,
+}
+
+
+def _run(module: str, *arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, check=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the parts one after the other; stop at the first that fails."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)}; else all")
+    wanted = parser.parse_args(arguments).parts or list(PARTS)
+    if unknown := [name for name in wanted if name not in PARTS]:
+        parser.error(f"got {', '.join(unknown)}, allowed are {', '.join(PARTS)}")
+    if not torch.cuda.is_available():
+        sys.exit("torch sees no GPU here; on a CPU type: python -m tests.bench --rows 192")
+    say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    for name in wanted:
+        PARTS[name]()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import json
 import re
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -50,12 +51,12 @@ def taken(launch: str, batch_size: int, flags: list[str]) -> tuple[float, float]
     return peak, sum(seconds) / len(seconds)
 
 
-def main(batch_sizes: list[int]) -> None:
-    """Print the ratios."""
-    prepare_data(parse([]))  # else the first run does, and its memory is not the training's
+def main(batch_sizes: list[int], more: Sequence[str] = ()) -> None:
+    """Print the ratios; `more` are flags of all runs."""
+    prepare_data(parse([*more]))  # else the first run does, and its memory is not the training's
     say("batch  launch         memory        step    (predicted / measured, first and second run)")
     for batch_size in batch_sizes:
-        flags = [f"--batch_size={batch_size}", "--max_steps=40"]
+        flags = [f"--batch_size={batch_size}", "--max_steps=40", *more]
         first = {name: taken(name, batch_size, flags) for name in LAUNCHES}
         plan = planned(flags)
         for name in LAUNCHES:

@@ -1,7 +1,7 @@
 """Self-attention within each sequence of a packed micro-batch; padded ones go through BERT's own.
 
-A GPU has kernels for that (`toolkit.model.kernels`), which need bf16. Elsewhere one call of torch's
-attention follows the other.
+A GPU has kernels for that (`toolkit.model.kernels`), which need bf16. Elsewhere one sequence follows the
+other: by products where there is a backward pass (`toolkit.model.products`), else by torch's attention.
 
 Shapes: S rows of L tokens each, or T packed tokens in S sequences, N of which ask; D features, P parts
 of a product, H heads, K units a head. `bounds` (S + 1,) int32 cuts the packed tokens into sequences.
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.models.bert.modeling_bert import BertSelfAttention
+
+from toolkit.model import products
 
 
 class PackedSelfAttention(BertSelfAttention):
@@ -94,6 +96,8 @@ def attend(
         inputs = first_SHK, joint_TPHK, query_bounds, bounds
         attended_NHK, _ = kernels.attend(*inputs, most, longest, scaling)
         return attended_NHK
+    if first_SHK is None and joint_TPHK.requires_grad:
+        return products.attend(joint_TPHK, bounds, scaling)
     *queries, key, value = joint_TPHK.unbind(1)
     query = queries[0] if first_SHK is None else first_SHK
     return _one_by_one(query, key, value, query_bounds, bounds, scaling)
@@ -135,7 +139,7 @@ def _one_by_one(
     """Attend in one sequence after the other; return (N, H, K)."""
     inputs = [query_NHK, key_THK, value_THK]
     if key_THK.device.type == "cpu" and key_THK.requires_grad:
-        # the CPU's backward pass in bf16 takes four times as long as in fp32 (torch 2.13, NOTES.md)
+        # first tokens': the CPU's backward pass in bf16 takes far longer than in fp32 (torch 2.13)
         inputs = [x.float() for x in inputs]
     of_queries, of_keys = query_bounds.diff().tolist(), bounds.diff().tolist()
     sizes = of_queries, of_keys, of_keys
