@@ -63,8 +63,9 @@ class PackedSelfAttention(BertSelfAttention):
 
         Their weights are read and they are not called: hooks on them would see padded batches only.
         """
-        weight = torch.cat([layer.weight for layer in layers])
-        bias = torch.cat([layer.bias for layer in layers])
+        # cast first: half of the bytes to copy, and ZeRO-3 keeps the joint weight as it is handed over
+        weight = torch.cat([layer.weight.to(x_1ND.dtype) for layer in layers])
+        bias = torch.cat([layer.bias.to(x_1ND.dtype) for layer in layers])
         shape = len(layers), self.num_attention_heads, self.attention_head_size
         return functional.linear(x_1ND.squeeze(0), weight, bias).unflatten(-1, shape)
 
