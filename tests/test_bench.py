@@ -1,12 +1,13 @@
 """The benchmark's arithmetic: ratios are of one turn, and everything that was measured is shown."""
 
 import json
+import subprocess
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tests.bench import report, steps
+from tests.bench import gpu, report, steps
 from tests.tiny import make_trainer
 from toolkit.data.cache import TokenSplit
 from toolkit.engine.loop import micro_batches
@@ -58,14 +59,16 @@ def test_all_figures_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
 def test_steps_count_when_their_sizes_were_met(split: TokenSplit, tiny_encoder: Path) -> None:
     settings = {"batch_size": 24, "max_steps": 15, "grad_accum": 2, "epochs": 9.0}
     trainer = make_trainer(split, tiny_encoder, **settings)
-    met, counted = Counter[tuple[int, ...]](), 0
+    met, every, counted = Counter[tuple[int, ...]](), [], 0
     for step in range(15):
         now = [(b.computed_tokens, len(b.bounds)) for b in micro_batches(trainer, step)]
+        every.append(now)
         counted += all(met[size] >= 2 for size in now)
         met.update(now)
     times = steps.time_steps(trainer, 15)
     assert 0 < counted < 13
-    assert len(times.seconds) == counted
+    assert len(times.seconds) == len(times.tokens) == counted
+    assert set(times.tokens) <= {sum(tokens for tokens, _ in size) for size in every}
     assert times.left_out == 15 - counted
 
 
@@ -80,3 +83,29 @@ def test_step_times_are_shown(
     assert line["contender"] == name
     assert line["batch_size"] == 12
     assert line["reviews_per_s"] == pytest.approx(12e3 / line["step_ms"], rel=1e-3)
+
+
+def test_a_peers_step_is_one_of_those_of_its_second_epoch(
+    split: TokenSplit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(steps.PEERS, "trainer_best", lambda *_: {"seconds": 5.0, "padding": 0.25})
+    steps.measure_peer("trainer_best", 12, 10, Path(), split)
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["step_ms"], shown["reviews_per_s"], shown["padding"]) == (500, 24, 0.25)
+
+
+def test_a_part_that_fails_keeps_no_other_from_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise subprocess.CalledProcessError(1, "tests", stderr="why it failed")
+
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(gpu, "PARTS", {"tests": fail, "plan": lambda: print("planned")})
+    with pytest.raises(SystemExit, match="failed: tests"):
+        gpu.main([])
+    assert capsys.readouterr().out.splitlines()[1:] == ["why it failed", "planned"]
+    with pytest.raises(SystemExit):
+        gpu.main(["plans"])
+    assert "got plans, allowed are tests, plan" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from toolkit.data.batches import Batch, _pack, evaluation_batches, make_batch
 from toolkit.data.steps import cost
 from toolkit.engine.runtime import Runtime
 from toolkit.errors import DataError
-from toolkit.model import attention
+from toolkit.model import attention, products
 from toolkit.model.classifier import ClassifierSpec, HeadClassifier, build_classifier
 from toolkit.model.encoders import check_encoder, encoder_folder
 from toolkit.model.heads import HEADS, HeadOptions, build_head
@@ -41,6 +41,27 @@ def logits_and_gradient(
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm().detach() / b.norm().detach())
+
+
+def test_a_cpu_trains_by_products(
+    split, runtime: Runtime, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of two layers: in the last one, first tokens alone ask. Without a gradient none does."""
+    model, _ = build_classifier(ClassifierSpec(), tiny_encoder, NAMES)
+    calls: list[int] = []
+    plain = products.attend
+
+    def attend(joint: torch.Tensor, *rest: Any) -> torch.Tensor:
+        calls.append(len(joint))
+        return plain(joint, *rest)
+
+    monkeypatch.setattr(products, "attend", attend)
+    batch = make_batch(split, np.arange(3, 20), padded=False)
+    logits_and_gradient(model, runtime, batch)
+    assert calls == [batch.computed_tokens]
+    with torch.no_grad():
+        model(**runtime.inputs(batch))
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("head", HEADS)

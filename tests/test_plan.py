@@ -75,7 +75,7 @@ def test_stated_rates() -> None:
 
 def test_memory_is_as_planned(tmp_path: Path, shared_cache: Path) -> None:
     """Of a run with one process and with two."""
-    flags = [f"--cache_dir={shared_cache}", "--head=v2", "--batch_size=64", "--max_steps=10"]
+    flags = [f"--cache_dir={shared_cache}", "--head=v2", "--batch_size=32", "--max_steps=6"]
     flags += ["--train_rows=500", "--test_rows=64", "--validation_rows=64", "--cpu_threads=1"]
     plan = planned([*flags, "--launches=ddp"])
     assert set(plan) == {"cpu", "cpu2"}

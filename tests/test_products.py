@@ -58,6 +58,16 @@ def test_results_and_gradients(lengths: list[int], dtype: torch.dtype, tolerance
     assert relative(joint.grad, exact.grad) < tolerance
 
 
+def test_scores_are_fp32_in_bf16() -> None:
+    """They would be wrong by 0.1 here, and weights by a tenth."""
+    joint, bounds = make_joint([24, 40, 9], torch.float32)
+    with torch.no_grad():
+        joint[:, 0] *= 20
+    rounded = joint.detach().bfloat16().requires_grad_()
+    expected = attend_with_torch(rounded.detach().float(), bounds)
+    assert relative(products.attend(rounded, bounds, 0.3), expected) < 4e-3
+
+
 def test_autocast_leaves_scores_in_fp32() -> None:
     joint, bounds = make_joint([24, 40], torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

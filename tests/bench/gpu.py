@@ -80,8 +80,17 @@ def _run(module: str, *arguments: str) -> None:
     subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, check=True)
 
 
+def _succeeds(part: Callable[[], None]) -> bool:
+    try:
+        part()
+    except (subprocess.CalledProcessError, RuntimeError) as error:  # a program failed
+        say(getattr(error, "stderr", None) or str(error))
+        return False
+    return True
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Run the parts one after the other; stop at the first that fails."""
+    """Run the parts one after the other, also if one fails; then the exit code is 1."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)}; else all")
     wanted = parser.parse_args(arguments).parts or list(PARTS)
@@ -90,8 +99,9 @@ def main(arguments: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         sys.exit("torch sees no GPU here; on a CPU type: python -m tests.bench --rows 192")
     say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    for name in wanted:
-        PARTS[name]()
+    failed = [name for name in wanted if not _succeeds(PARTS[name])]
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

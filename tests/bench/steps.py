@@ -3,12 +3,14 @@
     python -m tests.bench.steps ours_compiled 1024                        one line of JSON, on a GPU two
     python -m tests.bench.steps ours 16 --encoder FOLDER                  not of BERT-base's shape
 
-Rows have the lengths of Amazon Polarity. Of ours it is the median of the steps whose sizes were met twice
-before: a size is run, then captured, then replayed. A peer's is the mean over a second epoch of as many.
+Rows have the lengths of Amazon Polarity. Of ours those steps count whose sizes were met twice before (a
+size is run, then captured, then replayed), and `step_ms` is their median; a peer's is that of a whole
+second epoch.
 """
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -47,6 +49,8 @@ class Times:
 
     seconds: list[float]
     """Of each that counts."""
+    tokens: list[int]
+    """The same, filling included."""
     left_out: int
     """Steps with a size that was new."""
 
@@ -61,7 +65,7 @@ def build(name: str, batch_size: int, encoder: Path, split: TokenSplit) -> Train
     return trainer
 
 
-def sizes(batches: list[Batch]) -> list[tuple[int, ...]]:
+def sizes(batches: list[Batch]) -> list[tuple[int, int]]:
     """Return what kernels are made for and graphs captured for: tokens and sequences."""
     return [
         (batch.computed_tokens, 0 if batch.bounds is None else len(batch.bounds))
@@ -71,9 +75,9 @@ def sizes(batches: list[Batch]) -> list[tuple[int, ...]]:
 
 def time_steps(trainer: Trainer, steps: int) -> Times:
     """Take steps from the first one on."""
-    progress, met = Progress(), Counter[tuple[int, ...]]()
+    progress, met = Progress(), Counter[tuple[int, int]]()
     ahead = micro_batches(trainer, 0)
-    seconds = []
+    seconds, tokens = [], []
     for _ in range(steps):
         now = sizes(ahead)
         counts = all(met[size] >= MET for size in now)
@@ -82,11 +86,12 @@ def time_steps(trainer: Trainer, steps: int) -> Times:
         ahead = train_step(trainer, progress, Wants(), ahead).ahead
         if counts:
             seconds.append(time.perf_counter() - started)
-    return Times(seconds, steps - len(seconds))
+            tokens.append(sum(size for size, _ in now))
+    return Times(seconds, tokens, steps - len(seconds))
 
 
-def busy_seconds(trainer: Trainer, steps: int) -> float:
-    """Return for how long of a step the GPU computes, under the profiler; the same steps as above."""
+def busy_seconds(trainer: Trainer, steps: int) -> tuple[float, float]:
+    """Return for how long of a step the GPU computes, under the profiler, and the step's tokens."""
     kinds = torch.profiler.ProfilerActivity
     progress = Progress()
     with torch.profiler.profile(activities=[kinds.CUDA]) as profile:
@@ -94,7 +99,8 @@ def busy_seconds(trainer: Trainer, steps: int) -> float:
             train_step(trainer, progress, Wants())
     on_gpu = (event for event in profile.events() if event.device_type == DeviceType.CUDA)
     kernels = [event for event in on_gpu if not event.is_user_annotation]
-    return sum(event.self_device_time_total for event in kernels) / 1e6 / steps
+    busy = sum(event.self_device_time_total for event in kernels) / 1e6
+    return busy / steps, progress.recent.computed_tokens / steps
 
 
 def measure_ours(name: str, batch_size: int, steps: int, encoder: Path, split: TokenSplit) -> None:
@@ -105,15 +111,19 @@ def measure_ours(name: str, batch_size: int, steps: int, encoder: Path, split: T
         raise SystemExit(f"no size was met {MET} times before in {steps} steps: take more --steps")
     median = statistics.median(times.seconds)
     spread = {"lowest_ms": min(times.seconds) * 1e3, "highest_ms": max(times.seconds) * 1e3}
+    spread["mean_ms"] = statistics.mean(times.seconds) * 1e3
     counted = {"steps": len(times.seconds), "left_out": times.left_out}
+    counted["tokens"] = round(statistics.median(times.tokens))
     memory = peak_bytes(trainer.runtime.device) / 2**20
     _show(name, batch_size, median, **spread, **counted, peak_MiB=memory)
     if torch.cuda.is_available():
-        say(json.dumps({"busy_ms": busy_seconds(trainer, PROFILED) * 1e3}))
+        busy, tokens = busy_seconds(trainer, PROFILED)
+        say(json.dumps({"busy_ms": round(busy * 1e3, 3), "tokens": round(tokens)}))
 
 
 def measure_peer(name: str, batch_size: int, steps: int, encoder: Path, split: TokenSplit) -> None:
     """Print a peer's figures."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # as ours has
     arrays = split.offsets[: TEST_ROWS + 1], split.labels[:TEST_ROWS], split.row_ids[:TEST_ROWS]
     test = TokenSplit(split.tokens, *arrays)
     settings = {"batch_size": batch_size, "eval_batch": TEST_ROWS, "max_length": split.longest}

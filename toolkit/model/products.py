@@ -1,8 +1,9 @@
 """Attention and its gradient as matrix products, all heads of one packed sequence at a time.
 
-On a CPU torch's own takes about twice as long with its backward pass (torch 2.13, tests/bench/NOTES.md).
-Attention weights are kept for the backward pass, which torch's works out again: a number for each head
-and two tokens of a review, in the precision of the inputs. Scores and their softmax are in fp32.
+On a CPU torch's own takes longer with its backward pass: half as long again for reviews of 100 tokens in
+bf16, three times as long for 512 (torch 2.13, tests/bench/NOTES.md). Weights are kept for the backward
+pass, a number for each head and two tokens of a review; torch's keeps fp32 copies of its inputs and works
+weights out again. Scores and their softmax are in fp32, all else is in the precision of the inputs.
 
 Shapes: T packed tokens, L of one sequence, W of the window around it; H heads, K units a head.
 """
