@@ -4,7 +4,7 @@
     python -m tests.bench.steps ours 16 --encoder FOLDER                  not of BERT-base's shape
 
 Rows have the lengths of Amazon Polarity. Of ours those steps count whose sizes were met twice before (a
-size is run, then captured, then replayed), and `step_ms` is their median; a peer's is that of a whole
+size is run, then captured, then replayed), and `step_ms` is their median; a peer's is the mean of its
 second epoch.
 """
 
