@@ -91,6 +91,7 @@ class Products(torch.autograd.Function):
             attended = _heads(of_attended_THK[tokens])
             of_value = torch.bmm(weight_HWW.mT, attended)
             of_weight = torch.bmm(attended, value.mT)
+            # torch 2.13 has no public name for it
             of_scores = torch._softmax_backward_data(of_weight, weight_HWW, -1, weight_HWW.dtype)
             of_scores *= ctx.scaling
             of_query, of_key = torch.bmm(of_scores, key), torch.bmm(of_scores.mT, query)
