@@ -59,11 +59,13 @@ def test_all_figures_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
 def test_steps_count_when_their_sizes_were_met(split: TokenSplit, tiny_encoder: Path) -> None:
     settings = {"batch_size": 24, "max_steps": 15, "grad_accum": 2, "epochs": 9.0}
     trainer = make_trainer(split, tiny_encoder, **settings)
-    met, every, counted = Counter[tuple[int, ...]](), [], 0
-    for step in range(15):
-        now = [(b.computed_tokens, len(b.bounds)) for b in micro_batches(trainer, step)]
-        every.append(now)
-        counted += all(met[size] >= 2 for size in now)
+    every = [
+        [(b.computed_tokens, len(b.bounds)) for b in micro_batches(trainer, step)]
+        for step in range(15)
+    ]
+    met, counted = Counter[tuple[int, ...]](), 0
+    for now, following in zip(every, [*every[1:], []], strict=True):
+        counted += all(met[size] >= 2 for size in now + following)
         met.update(now)
     times = steps.time_steps(trainer, 15)
     assert 0 < counted < 13

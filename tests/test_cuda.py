@@ -12,7 +12,7 @@ from tests.tiny import make_trainer
 from toolkit.config import RunConfig, part
 from toolkit.data.batches import Batch, make_batch
 from toolkit.data.cache import TokenSplit
-from toolkit.engine.loop import Progress, Wants, add_gradients, micro_batches, train_step
+from toolkit.engine.loop import Progress, Wants, begin_step, micro_batches, train_step
 from toolkit.engine.runtime import Runtime
 from toolkit.model.classifier import ClassifierSpec, build_classifier
 
@@ -95,26 +95,30 @@ def test_captured_steps_are_the_others(
         trainer = make_trainer(
             split, tiny_encoder, compile=compiled, grad_accum=grad_accum, epochs=9.0, **settings
         )
-        progress = Progress()
         sizes = [b.computed_tokens for s in range(15) for b in micro_batches(trainer, s)]
         assert 2 < len(set(sizes)) < 8
-        sums = [train_step(trainer, progress, Wants()).sums for _ in range(15)]
-        found.append([(step.loss_sum, step.norm) for step in sums])
+        progress, report = Progress(), None
+        found.append([])
+        for _ in range(15):
+            report = train_step(trainer, progress, Wants, report and report.begun)
+            found[-1].append((report.sums.loss_sum, report.sums.norm))
         assert progress.recent.skipped == 0
     assert np.array(found[1]) == pytest.approx(np.array(found[0]), rel=3e-2)
 
 
 @on_gpu
 def test_the_host_does_not_wait_within_a_step(split: TokenSplit, tiny_encoder: Path) -> None:
-    """As in test_loop.py, where CUDA itself says so."""
+    """As in test_loop.py, where CUDA itself says so: from a step's update to the next one's gradient."""
     trainer = make_trainer(split, tiny_encoder, precision="bf16", grad_accum=2)
-    train_step(trainer, Progress(), Wants())  # kernels are loaded
-    batches = micro_batches(trainer, 1)
+    report = train_step(trainer, Progress(), Wants)  # kernels are loaded
+    assert report.begun is not None
     torch.cuda.set_sync_debug_mode("error")
     try:
-        sums = add_gradients(trainer, batches, 16, Wants())
         norm = trainer.runtime.step()
+        read = trainer.runtime.fetch(torch.cat([report.begun.sums, norm.double().reshape(1)]))
+        begin_step(trainer, 2, 1, Wants())
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert sums[0] > 0
-    assert norm.isfinite()
+    loss_sum, *_, found = read()
+    assert loss_sum > 0
+    assert found == norm.item() > 0

@@ -1,11 +1,12 @@
 """One step: what it updates, what it deals ahead, and that the host does not wait in the middle of it."""
 
 import copy
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,14 +17,18 @@ from toolkit.config import RunConfig
 from toolkit.engine import runtime
 from toolkit.engine.lookups import Lookups, embeddings
 from toolkit.engine.loop import (
+    Hooks,
     Progress,
+    Trainer,
     Wants,
     add_gradients,
     micro_batches,
+    train,
     train_step,
 )
 from toolkit.engine.optim import build_optimizer, set_rates
 from toolkit.engine.runtime import Runtime
+from toolkit.errors import Preempted
 from toolkit.run import training_tokens
 
 WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")
@@ -99,7 +104,7 @@ def test_embedding_gradients_that_stay_are_those_of_one_step(
         trainer = make_trainer(split, tiny_encoder, grad_accum=grad_accum)
         layers = embeddings(trainer.runtime.unwrap(trainer.model)).values()
         assert [layer.sparse for layer in layers] == [sparse] * 3
-        train_step(trainer, Progress(), Wants())
+        train_step(trainer, Progress(), Wants)
         add_gradients(trainer, micro_batches(trainer, 1), 16, Wants())
         found.append([layer.weight.grad for layer in layers])
     for kept, anew in zip(*found, strict=True):
@@ -135,7 +140,7 @@ def test_embeddings_that_are_not_only_looked_up() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_an_update_that_is_not_finite_is_left_out(bad: float, split, tiny_encoder: Path) -> None:
     trainer = make_trainer(split, tiny_encoder)
-    train_step(trainer, Progress(), Wants())
+    train_step(trainer, Progress(), Wants)
     before = {name: copy.deepcopy(state) for name, state in trainer.runtime.state()}
     add_gradients(trainer, micro_batches(trainer, 1), 16, Wants())
     next(trainer.model.parameters()).grad[0, 0] = bad
@@ -148,18 +153,114 @@ def test_an_update_that_is_not_finite_is_left_out(bad: float, split, tiny_encode
         )
 
 
-def test_a_step_deals_the_next(split, tiny_encoder: Path) -> None:
-    """The same micro-batches as without, and none after the last step."""
-    trainer = make_trainer(split, tiny_encoder, grad_accum=3)
-    progress, ahead = Progress(), []
-    for step in range(3):
-        ahead = train_step(trainer, progress, Wants(), ahead).ahead
-        expected = micro_batches(trainer, step + 1)
-        assert len(ahead) == len(expected) == (3 if step < 2 else 0)
-        for batch, same in zip(ahead, expected, strict=True):
-            assert np.array_equal(batch.rows, same.rows)
-            assert np.array_equal(batch.input_ids, same.input_ids)
-            assert np.array_equal(batch.dropout_keys, same.dropout_keys)
+def note_calls(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that takes up what a runtime is asked to do, in turn."""
+    calls: list[str] = []
+    runtime = trainer.runtime
+
+    def noted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def noting(*arguments: Any) -> Any:
+            calls.append(name)
+            return call(*arguments)
+
+        return noting
+
+    seed, fetch = runtime.seed_step, runtime.fetch
+    monkeypatch.setattr(
+        runtime, "seed_step", lambda *seeds: noted(f"begin {seeds[1]}", seed)(*seeds)
+    )
+    monkeypatch.setattr(runtime, "fetch", lambda numbers: noted("wait", fetch(numbers)))
+    monkeypatch.setattr(runtime, "step", noted("update", runtime.step))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("ahead", "expected"),
+    [
+        (False, "begin 0, update, wait, begin 1, update, wait, begin 2, update, wait"),
+        (True, "begin 0, update, begin 1, wait, update, wait, begin 2, update, wait"),
+    ],
+)
+def test_a_gpu_gets_the_next_step_before_the_host_waits(
+    ahead: bool, expected: str, split, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not if an evaluation comes first, as behind the second step, or nothing does."""
+    monkeypatch.setattr(Runtime, "begins_ahead", ahead)
+    trainer = make_trainer(split, tiny_encoder, eval_every=2)
+    calls = note_calls(trainer, monkeypatch)
+    train(trainer, Course(trainer).hooks(), Progress())
+    assert ", ".join(calls) == expected
+
+
+class Course:
+    """What a training run came to after each step, and what it was asked to do."""
+
+    def __init__(self, trainer: Trainer, save_from: int = 99, stop_from: int = 99) -> None:
+        self.trainer = trainer
+        self.save_from, self.stop_from = save_from, stop_from
+        self.states: list[dict[str, Any]] = []
+        self.figures: list[dict[str, Any]] = []
+        self.evaluated: list[int] = []
+        self.saved: list[int] = []
+
+    def hooks(self) -> Hooks:
+        return Hooks(self.wants, self.on_step, self.on_log, self.evaluated.append, self.on_save)
+
+    def wants(self) -> Wants:
+        done = len(self.states)
+        return Wants(done >= self.stop_from, done >= self.save_from and not self.saved)
+
+    def on_step(self, _: int) -> None:
+        self.states.append({name: copy.deepcopy(s) for name, s in self.trainer.runtime.state()})
+
+    def on_log(self, _: int, values: dict[str, Any]) -> None:
+        self.figures.append({n: v for n, v in values.items() if not n.endswith("_per_s")})
+
+    def on_save(self, progress: Progress) -> None:
+        if progress.step not in self.evaluated:
+            self.saved.append(progress.step)
+
+
+def run_course(split: Any, encoder: Path, ahead: bool, **wishes: int) -> Course:
+    """Take 12 steps: an evaluation behind every sixth, one without memory, one that is not finite."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runtime, "begins_ahead", ahead)
+        trainer = make_trainer(
+            split, encoder, max_steps=12, epochs=9.0, eval_every=6, log_every=1, grad_accum=2
+        )
+        trainer.runtime.phases.faults = {("backward", 4): "oom"}
+        course, backward = Course(trainer, **wishes), trainer.runtime.backward
+
+        def poisoned(loss_sum: torch.Tensor, rows: int) -> None:
+            backward(loss_sum * float("nan" if trainer.runtime.phases.step == 8 else 1), rows)
+
+        patch.setattr(trainer.runtime, "backward", poisoned)
+        with suppress(Preempted):
+            train(trainer, course.hooks(), Progress())
+    return course
+
+
+def test_a_step_that_is_begun_ahead_is_the_same(split, tiny_encoder: Path) -> None:
+    """Bit for bit: weights, moments and figures of every step, and nothing else is evaluated."""
+    one, ahead = (run_course(split, tiny_encoder, flag) for flag in (False, True))
+    assert len(one.states) == len(ahead.states) == 12
+    assert ahead.figures == one.figures
+    assert [figures["train/skipped_steps"] for figures in one.figures] == [0] * 7 + [1] + [0] * 4
+    assert ahead.evaluated == one.evaluated
+    for mine, other in zip(ahead.states, one.states, strict=True):
+        for name, state in other.items():
+            assert torch.equal(mine[name].weight, state.weight)
+            assert all(torch.equal(mine[name].moments[k], state.moments[k]) for k in state.moments)
+
+
+def test_a_wish_is_granted_once(split, tiny_encoder: Path) -> None:
+    """Known a step later if steps are begun ahead; the step that is begun then wished it, too."""
+    for ahead, saved in ((False, [3]), (True, [4])):
+        assert run_course(split, tiny_encoder, ahead, save_from=2).saved == saved
+    for ahead, steps in ((False, 9), (True, 10)):
+        course = run_course(split, tiny_encoder, ahead, stop_from=8)
+        assert course.saved == [steps]
+        assert len(course.states) == steps
 
 
 @pytest.mark.parametrize("max_tokens", [None, 8192, 64])

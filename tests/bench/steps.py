@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -76,14 +77,13 @@ def sizes(batches: list[Batch]) -> list[tuple[int, int]]:
 def time_steps(trainer: Trainer, steps: int) -> Times:
     """Take steps from the first one on."""
     progress, met = Progress(), Counter[tuple[int, int]]()
-    ahead = micro_batches(trainer, 0)
-    seconds, tokens = [], []
-    for _ in range(steps):
-        now = sizes(ahead)
-        counts = all(met[size] >= MET for size in now)
+    dealt = [sizes(micro_batches(trainer, step)) for step in range(steps)]
+    seconds, tokens, begun = [], [], None
+    for now, following in pairwise([*dealt, []]):
+        counts = all(met[size] >= MET for size in (*now, *following))  # a GPU begins the next, too
         met.update(now)
         started = time.perf_counter()
-        ahead = train_step(trainer, progress, Wants(), ahead).ahead
+        begun = train_step(trainer, progress, Wants, begun).begun
         if counts:
             seconds.append(time.perf_counter() - started)
             tokens.append(sum(size for size, _ in now))
@@ -93,10 +93,12 @@ def time_steps(trainer: Trainer, steps: int) -> Times:
 def busy_seconds(trainer: Trainer, steps: int) -> tuple[float, float]:
     """Return for how long of a step the GPU computes, under the profiler, and the step's tokens."""
     kinds = torch.profiler.ProfilerActivity
-    progress = Progress()
+    # an evaluation that is due then keeps the step behind these from being begun
+    trainer = replace(trainer, spec=replace(trainer.spec, eval_every=steps))
+    progress, begun = Progress(), None
     with torch.profiler.profile(activities=[kinds.CUDA]) as profile:
         for _ in range(steps):
-            train_step(trainer, progress, Wants())
+            begun = train_step(trainer, progress, Wants, begun).begun
     on_gpu = (event for event in profile.events() if event.device_type == DeviceType.CUDA)
     kernels = [event for event in on_gpu if not event.is_user_annotation]
     busy = sum(event.self_device_time_total for event in kernels) / 1e6

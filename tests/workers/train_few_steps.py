@@ -85,7 +85,7 @@ def first_gradient(trainer: Trainer) -> dict[str, np.ndarray]:
     optimizer: Any = trainer.runtime.strategy.optimizer
     step, optimizer.step = optimizer.step, catch
     trainer.model.train()
-    train_step(trainer, Progress(step=1), Wants())
+    train_step(trainer, Progress(step=1), Wants)
     optimizer.step = step
     return caught
 
@@ -157,7 +157,7 @@ def poison(config: RunConfig, runtime: Runtime) -> dict[str, object]:
     trainer.model.train()
     for step in range(4):
         calls["step"] = step
-        train_step(trainer, progress, Wants())
+        train_step(trainer, progress, Wants)
     finite = all(bool(torch.isfinite(p).all()) for p in model.parameters())
     steps_poisoned.add(0)
     calls["step"] = 0

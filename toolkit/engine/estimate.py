@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from toolkit.data.batches import Batch, make_batch
+from toolkit.data.batches import make_batch
 from toolkit.data.steps import cost, deal, runs_within
 from toolkit.engine.loop import Progress, Trainer, Wants, deal_slots, summed_loss, train_step
 from toolkit.engine.memory import forget_peak, peak_bytes
@@ -194,12 +194,12 @@ def _run_steps(trainer: Trainer, batch_size: int) -> tuple[float, float, float]:
     forget_peak(trainer.runtime.device)
     trainer.model.train()
     progress, seconds, before = Progress(), [], 0.0
-    ahead: list[Batch] = []
+    begun = None
     for step in range(WARM_STEPS + TIMED_STEPS):
         if step == WARM_STEPS:
             before = progress.recent.computed_tokens
         started = time.perf_counter()
-        ahead = train_step(smaller, progress, Wants(), ahead).ahead
+        begun = train_step(smaller, progress, Wants, begun).begun
         seconds.append(time.perf_counter() - started)
     tokens = (progress.recent.computed_tokens - before) / TIMED_STEPS
     return tokens, statistics.median(seconds[WARM_STEPS:]), peak_bytes(trainer.runtime.device)

@@ -126,12 +126,26 @@ class Sums:
 
 
 @dataclass(frozen=True)
+class Begun:
+    """A step whose gradient the device is to compute; the update is still to come."""
+
+    sums: Tensor
+    """All but the last of `Sums`, on the device."""
+    micro_batches: int
+    """Of this rank."""
+
+    def forget_save(self) -> None:
+        """Drop the wish for a checkpoint, since one was written after it was made."""
+        self.sums[-1] = 0
+
+
+@dataclass(frozen=True)
 class Report:
     """A step that is done."""
 
     sums: Sums
-    ahead: list[Batch]
-    """This rank's micro-batches of the next step; empty after the last."""
+    begun: Begun | None
+    """The next step, if it is begun."""
 
 
 def train(trainer: Trainer, hooks: Hooks, progress: Progress) -> Totals:
@@ -142,14 +156,14 @@ def train(trainer: Trainer, hooks: Hooks, progress: Progress) -> Totals:
         DivergedError: after more than `max_skipped` steps that could not be taken.
     """
     trainer.model.train()
-    ahead: list[Batch] = []
+    begun: Begun | None = None
     while True:
         if progress.eval_due:
             evaluate_and_save(hooks, progress)
         if progress.step == trainer.stream.num_steps:
             return progress.overall
-        report = train_step(trainer, progress, hooks.wants(), ahead)
-        ahead = report.ahead
+        report = train_step(trainer, progress, hooks.wants, begun)
+        begun = report.begun
         _refuse_divergence(trainer, progress)
         if progress.step % trainer.spec.log_every == 0 or progress.step == trainer.stream.num_steps:
             trainer.runtime.phases.enter("log")
@@ -163,6 +177,8 @@ def train(trainer: Trainer, hooks: Hooks, progress: Progress) -> Totals:
             raise Preempted(progress.step)
         if report.sums.save and not progress.eval_due:
             hooks.on_save(progress)
+            if begun:
+                begun.forget_save()
 
 
 def evaluate_and_save(hooks: Hooks, progress: Progress) -> None:
@@ -177,41 +193,58 @@ def evaluate_and_save(hooks: Hooks, progress: Progress) -> None:
 
 
 def train_step(
-    trainer: Trainer, progress: Progress, wants: Wants, ahead: Sequence[Batch] = ()
+    trainer: Trainer,
+    progress: Progress,
+    wants: Callable[[], Wants],
+    begun: Begun | None = None,
 ) -> Report:
     """Take the next step, on all ranks, in smaller micro-batches if it does not fit into memory.
 
-    The host hands a step to the device, deals the next one, and only then waits to read what came out.
+    A GPU is given the next step's gradient to compute before the host waits to read what came out
+    of this one, so that it is never without work. The next update waits: this step may have to be
+    done again.
 
     Args:
         trainer: what to work on.
         progress: is moved on by one step.
-        wants: of this rank.
-        ahead: the micro-batches, if the step before has dealt them.
+        wants: says what this rank wants.
+        begun: `Report.begun` of the step before; without it a gradient would be added twice.
 
     Raises:
         OutOfMemoryError: when single reviews do not fit.
     """
     started = time.monotonic()
     runtime, step = trainer.runtime, progress.step
-    set_rates(trainer.optimizer, rate_factor(step, trainer.stream.num_steps, trainer.optim))
-    rows = len(trainer.stream.slots(step))
+    following = None
     while True:
-        runtime.phases.enter("data", step + 1)
-        runtime.seed_step(trainer.spec.seed, step)
-        batches = ahead or micro_batches(trainer, step, progress.split)
-        on_device = add_gradients(trainer, batches, rows, wants)
-        runtime.phases.enter("optimizer")
+        begun = begun or begin_step(trainer, step, progress.split, wants())
+        runtime.phases.enter("optimizer", step + 1)
+        set_rates(trainer.optimizer, rate_factor(step, trainer.stream.num_steps, trainer.optim))
         norm = runtime.step()
-        ahead = micro_batches(trainer, step + 1, progress.split)
-        sums = Sums(*torch.cat([on_device, norm.double().reshape(1)]).tolist())
+        read = runtime.fetch(torch.cat([begun.sums, norm.double().reshape(1)]))
+        if runtime.begins_ahead and not _evaluation_is_due(trainer, step + 1):
+            following = begin_step(trainer, step + 1, progress.split, wants())
+            runtime.phases.enter("optimizer", step + 1)  # back to where the host waits
+        sums = Sums(*read())
         if not sums.out_of_memory:
             break
-        _cut_smaller(trainer, progress, len(batches), rows)
-        ahead = ()
-    _count(progress.recent, sums, rows, time.monotonic() - started)
+        if following:
+            runtime.forget_gradient()
+        _cut_smaller(trainer, progress, begun.micro_batches)
+        begun = None
+    _count(progress.recent, sums, len(trainer.stream.slots(step)), time.monotonic() - started)
     progress.step += 1
-    return Report(sums, list(ahead))
+    return Report(sums, following)
+
+
+def begin_step(trainer: Trainer, step: int, split: int, wants: Wants) -> Begun:
+    """Hand the gradient of a step to the device."""
+    runtime = trainer.runtime
+    runtime.phases.enter("data", step + 1)
+    runtime.seed_step(trainer.spec.seed, step)
+    batches = micro_batches(trainer, step, split)
+    sums = add_gradients(trainer, batches, len(trainer.stream.slots(step)), wants)
+    return Begun(sums, len(batches))
 
 
 def _count(totals: Totals, sums: Sums, rows: int, seconds: float) -> None:
@@ -261,9 +294,10 @@ def _add_gradient(trainer: Trainer, batch: Batch, rows: int, loss_total: Tensor)
     return True
 
 
-def _cut_smaller(trainer: Trainer, progress: Progress, micro_batches: int, rows: int) -> None:
+def _cut_smaller(trainer: Trainer, progress: Progress, micro_batches: int) -> None:
     """Halve the micro-batches from this step on, whose rows stay the same."""
     runtime = trainer.runtime
+    rows = len(trainer.stream.slots(progress.step))
     if micro_batches * runtime.world_size >= rows:
         raise torch.OutOfMemoryError(
             f"out of memory in step {progress.step + 1} with single reviews"
@@ -278,9 +312,8 @@ def _cut_smaller(trainer: Trainer, progress: Progress, micro_batches: int, rows:
 
 
 def micro_batches(trainer: Trainer, step: int, split: int = 1) -> list[Batch]:
-    """Return this rank's share of a step, every micro-batch cut into `split`; [] after the last step."""
-    slots = trainer.stream.slots(step)
-    return deal_slots(trainer, slots, split) if len(slots) else []
+    """Return this rank's share of a step, every micro-batch cut into `split`."""
+    return deal_slots(trainer, trainer.stream.slots(step), split)
 
 
 def deal_slots(trainer: Trainer, slots: np.ndarray, split: int = 1) -> list[Batch]:
@@ -323,6 +356,7 @@ def _refuse_divergence(trainer: Trainer, progress: Progress) -> None:
 
 
 def _evaluation_is_due(trainer: Trainer, done: int) -> bool:
+    """Tell whether one follows these steps, as it does at the end of training."""
     every = trainer.spec.eval_every
     return trainer.stream.ends_epoch(done - 1) or bool(every and done % every == 0)
 

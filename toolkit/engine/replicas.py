@@ -106,9 +106,13 @@ class Replicas:
         optimizer.grad_scale = ((norm + 1e-6) / self.max_norm).clamp(min=1)
         optimizer.found_inf = norm.isfinite().logical_not().float()
         optimizer.step()
-        optimizer.zero_grad()
-        self.lookups.clear()
+        self.forget_gradient()
         return norm
+
+    def forget_gradient(self) -> None:
+        """Begin anew."""
+        self.optimizer.zero_grad()
+        self.lookups.clear()
 
     def warmed_up(self) -> None:
         """Nothing to do."""

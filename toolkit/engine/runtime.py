@@ -218,6 +218,31 @@ class Runtime:
         """
         return self.strategy.step()
 
+    @property
+    def begins_ahead(self) -> bool:
+        """Tell whether the device computes while the host goes on; DeepSpeed's step waits for it."""
+        return self.device.type == "cuda" and not self.is_zero
+
+    def forget_gradient(self) -> None:
+        """Drop the gradient of a step that was begun ahead."""
+        assert isinstance(self.strategy, Replicas), "nothing is begun ahead under DeepSpeed"
+        self.strategy.forget_gradient()
+
+    def fetch(self, numbers: Tensor) -> Callable[[], list[float]]:
+        """Begin to copy numbers from the device; return what waits for them, and for nothing later."""
+        if self.device.type != "cuda":
+            return numbers.tolist
+        copy = torch.empty_like(numbers, device="cpu", pin_memory=True)
+        copy.copy_(numbers, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+
+        def wait() -> list[float]:
+            copied.synchronize()
+            return copy.tolist()
+
+        return wait
+
     def warm_up(self, forward: Callable[[nn.Module], Tensor]) -> None:
         """Make the optimizer's state, and settle DDP's buckets, with a step that changes nothing.
 
