@@ -15,7 +15,8 @@ from tests.programs import ROOT, TRAIN, launch, launcher
 WORKER = ROOT / "tests" / "workers" / "train_few_steps.py"
 WORLDS = (1, 2, 3)
 STEPS = 5
-LIKE_PACKED = ("accum1", "accum4", "accum7", "max_tokens", "padded", "padded_accum3")
+PADDED = ("padded", "padded_accum3")
+LIKE_PACKED = ("accum1", "accum4", "accum7", "max_tokens", "begun_ahead", *PADDED)
 
 
 @pytest.fixture(scope="module")
