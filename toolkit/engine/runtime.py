@@ -232,7 +232,7 @@ class Runtime:
         """Begin to copy numbers from the device; return what waits for them, and for nothing later."""
         if self.device.type != "cuda":
             return numbers.tolist
-        copy = torch.empty_like(numbers, device="cpu", pin_memory=True)
+        copy = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
         copy.copy_(numbers, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
