@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.kernels import use_kernels
 from tests.tiny import make_trainer
 from toolkit.config import RunConfig
-from toolkit.engine import runtime
+from toolkit.engine import estimate, runtime
 from toolkit.engine.lookups import Lookups, embeddings
 from toolkit.engine.loop import (
     Hooks,
@@ -190,6 +190,18 @@ def test_a_gpu_gets_the_next_step_before_the_host_waits(
     calls = note_calls(trainer, monkeypatch)
     train(trainer, Course(trainer).hooks(), Progress())
     assert ", ".join(calls) == expected
+
+
+def test_steps_that_are_timed_leave_none_begun(
+    split, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gradient left over would be added to that of the next timed run."""
+    monkeypatch.setattr(Runtime, "begins_ahead", True)
+    trainer = make_trainer(split, tiny_encoder)
+    calls = note_calls(trainer, monkeypatch)
+    estimate._run_steps(trainer, 8)
+    begun = [call for call in calls if call.startswith("begin")]
+    assert len(begun) == calls.count("update") == estimate.WARM_STEPS + estimate.TIMED_STEPS
 
 
 class Course:

@@ -93,8 +93,8 @@ def time_steps(trainer: Trainer, steps: int) -> Times:
 def busy_seconds(trainer: Trainer, steps: int) -> tuple[float, float]:
     """Return for how long of a step the GPU computes, under the profiler, and the step's tokens."""
     kinds = torch.profiler.ProfilerActivity
-    # an evaluation that is due then keeps the step behind these from being begun
-    trainer = replace(trainer, spec=replace(trainer.spec, eval_every=steps))
+    # or a GPU would begin another one behind the last
+    trainer = replace(trainer, stream=replace(trainer.stream, max_steps=steps))
     progress, begun = Progress(), None
     with torch.profiler.profile(activities=[kinds.CUDA]) as profile:
         for _ in range(steps):

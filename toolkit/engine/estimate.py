@@ -188,14 +188,15 @@ def measure_scoring(trainer: Trainer, eval_tokens: int, standing: float) -> floa
 
 def _run_steps(trainer: Trainer, batch_size: int) -> tuple[float, float, float]:
     """Return the mean of the steps' tokens, the median of their seconds, the peak of the memory."""
-    epochs = batch_size * (WARM_STEPS + TIMED_STEPS)  # enough, however few rows there are
-    stream = replace(trainer.stream, batch_size=batch_size, epochs=epochs, max_steps=None)
+    steps = WARM_STEPS + TIMED_STEPS  # and none is begun behind the last
+    epochs = batch_size * steps  # enough, however few rows there are
+    stream = replace(trainer.stream, batch_size=batch_size, epochs=epochs, max_steps=steps)
     smaller = replace(trainer, stream=stream)
     forget_peak(trainer.runtime.device)
     trainer.model.train()
     progress, seconds, before = Progress(), [], 0.0
     begun = None
-    for step in range(WARM_STEPS + TIMED_STEPS):
+    for step in range(steps):
         if step == WARM_STEPS:
             before = progress.recent.computed_tokens
         started = time.perf_counter()
