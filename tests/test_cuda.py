@@ -12,13 +12,23 @@ from tests.tiny import make_trainer
 from toolkit.config import RunConfig, part
 from toolkit.data.batches import Batch, make_batch
 from toolkit.data.cache import TokenSplit
-from toolkit.engine.loop import Progress, Wants, begin_step, micro_batches, train_step
+from toolkit.engine.loop import (
+    Progress,
+    Sums,
+    Wants,
+    _fetch_sums,
+    begin_step,
+    micro_batches,
+    train_step,
+)
 from toolkit.engine.runtime import Runtime
 from toolkit.model.classifier import ClassifierSpec, build_classifier
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 NAMES = ("neg", "pos")
 ROWS = np.arange(3, 35)
+LONG = 2_000_000_000
+"""Clock cycles that a GPU sleeps: a second."""
 KEYS = ROWS.astype(np.uint64) * np.uint64(977)
 
 
@@ -100,7 +110,7 @@ def test_captured_steps_are_the_others(
         progress, report = Progress(), None
         found.append([])
         for _ in range(15):
-            report = train_step(trainer, progress, Wants, report and report.begun)
+            report = train_step(trainer, progress, Wants(), report and report.begun)
             found[-1].append((report.sums.loss_sum, report.sums.norm))
         assert progress.recent.skipped == 0
     assert np.array(found[1]) == pytest.approx(np.array(found[0]), rel=3e-2)
@@ -110,15 +120,21 @@ def test_captured_steps_are_the_others(
 def test_the_host_does_not_wait_within_a_step(split: TokenSplit, tiny_encoder: Path) -> None:
     """As in test_loop.py, where CUDA itself says so: from a step's update to the next one's gradient."""
     trainer = make_trainer(split, tiny_encoder, precision="bf16", grad_accum=2)
-    report = train_step(trainer, Progress(), Wants)  # kernels are loaded
+    progress = Progress()
+    report = train_step(trainer, progress, Wants())  # kernels are loaded
     assert report.begun is not None
+    torch.cuda._sleep(LONG)
     torch.cuda.set_sync_debug_mode("error")
     try:
         norm = trainer.runtime.step()
-        read = trainer.runtime.fetch(torch.cat([report.begun.sums, norm.double().reshape(1)]))
-        begin_step(trainer, 2, 1, Wants())
+        read = _fetch_sums(trainer.runtime, report.begun, Wants(), norm)
+        begin_step(trainer, 2)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    loss_sum, *_, found = read()
-    assert loss_sum > 0
-    assert found == norm.item() > 0
+    stream = torch.cuda.current_stream()
+    assert not stream.query(), "the host waited"
+    torch.cuda._sleep(LONG)
+    sums = Sums(*read())
+    assert not stream.query(), "the host waited for what was begun later, too"
+    assert sums.loss_sum > 0
+    assert sums.norm == norm.item() > 0

@@ -74,8 +74,14 @@ def sizes(batches: list[Batch]) -> list[tuple[int, int]]:
     ]
 
 
+def without_more(trainer: Trainer, steps: int) -> Trainer:
+    """End after these steps, or a GPU would begin another one behind them."""
+    return replace(trainer, stream=replace(trainer.stream, max_steps=steps))
+
+
 def time_steps(trainer: Trainer, steps: int) -> Times:
     """Take steps from the first one on."""
+    trainer = without_more(trainer, steps)
     progress, met = Progress(), Counter[tuple[int, int]]()
     dealt = [sizes(micro_batches(trainer, step)) for step in range(steps)]
     seconds, tokens, begun = [], [], None
@@ -83,7 +89,7 @@ def time_steps(trainer: Trainer, steps: int) -> Times:
         counts = all(met[size] >= MET for size in (*now, *following))  # a GPU begins the next, too
         met.update(now)
         started = time.perf_counter()
-        begun = train_step(trainer, progress, Wants, begun).begun
+        begun = train_step(trainer, progress, Wants(), begun).begun
         if counts:
             seconds.append(time.perf_counter() - started)
             tokens.append(sum(size for size, _ in now))
@@ -93,12 +99,11 @@ def time_steps(trainer: Trainer, steps: int) -> Times:
 def busy_seconds(trainer: Trainer, steps: int) -> tuple[float, float]:
     """Return for how long of a step the GPU computes, under the profiler, and the step's tokens."""
     kinds = torch.profiler.ProfilerActivity
-    # or a GPU would begin another one behind the last
-    trainer = replace(trainer, stream=replace(trainer.stream, max_steps=steps))
+    trainer = without_more(trainer, steps)
     progress, begun = Progress(), None
     with torch.profiler.profile(activities=[kinds.CUDA]) as profile:
         for _ in range(steps):
-            begun = train_step(trainer, progress, Wants, begun).begun
+            begun = train_step(trainer, progress, Wants(), begun).begun
     on_gpu = (event for event in profile.events() if event.device_type == DeviceType.CUDA)
     kernels = [event for event in on_gpu if not event.is_user_annotation]
     busy = sum(event.self_device_time_total for event in kernels) / 1e6

@@ -87,7 +87,7 @@ def first_gradient(trainer: Trainer) -> dict[str, np.ndarray]:
     optimizer: Any = trainer.runtime.strategy.optimizer
     step, optimizer.step = optimizer.step, catch
     trainer.model.train()
-    train_step(trainer, Progress(step=1), Wants)
+    train_step(trainer, Progress(step=1), Wants())
     optimizer.step = step
     return caught
 
@@ -98,7 +98,7 @@ def run_case(config: RunConfig, runtime: Runtime, ahead: bool) -> dict[str, np.n
     Args:
         config: what to train.
         runtime: where.
-        ahead: steps are begun ahead, as on GPUs, and the last rank runs out of memory in one.
+        ahead: steps are begun ahead, as on GPUs, and the last rank runs out of memory in two.
     """
     trainer = build(config, runtime)
     result = {f"gradient/{name}": value for name, value in first_gradient(trainer).items()}
@@ -116,7 +116,7 @@ def run_case(config: RunConfig, runtime: Runtime, ahead: bool) -> dict[str, np.n
         losses.append(values["train/loss"])
 
     if ahead and runtime.rank == runtime.world_size - 1:
-        runtime.phases.faults = {("backward", 3): "oom"}
+        runtime.phases.faults = {("backward", 3): "oom", ("backward", 4): "oom"}
     with mock.patch.object(Runtime, "begins_ahead", ahead):
         train(trainer, hooks(log), Progress())
     assert not runtime.phases.faults
@@ -169,7 +169,7 @@ def poison(config: RunConfig, runtime: Runtime) -> dict[str, object]:
     trainer.model.train()
     for step in range(4):
         calls["step"] = step
-        train_step(trainer, progress, Wants)
+        train_step(trainer, progress, Wants())
     finite = all(bool(torch.isfinite(p).all()) for p in model.parameters())
     steps_poisoned.add(0)
     calls["step"] = 0

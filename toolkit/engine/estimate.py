@@ -200,7 +200,7 @@ def _run_steps(trainer: Trainer, batch_size: int) -> tuple[float, float, float]:
         if step == WARM_STEPS:
             before = progress.recent.computed_tokens
         started = time.perf_counter()
-        begun = train_step(smaller, progress, Wants, begun).begun
+        begun = train_step(smaller, progress, Wants(), begun).begun
         seconds.append(time.perf_counter() - started)
     tokens = (progress.recent.computed_tokens - before) / TIMED_STEPS
     return tokens, statistics.median(seconds[WARM_STEPS:]), peak_bytes(trainer.runtime.device)

@@ -8,7 +8,7 @@ dropout and rate; ranks and micro-batches only share the work. So weights, AdamW
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -62,7 +62,7 @@ class Totals:
     computed_tokens: float = 0.0
     skipped: int = 0
     seconds: float = 0.0
-    """Time in the steps themselves."""
+    """Time in the steps themselves; of one that was begun ahead, from the end of the one before."""
 
 
 @dataclass
@@ -127,16 +127,16 @@ class Sums:
 
 @dataclass(frozen=True)
 class Begun:
-    """A step whose gradient the device is to compute; the update is still to come."""
+    """A step whose gradient the device is to compute, as this rank knows it; the update is to come."""
 
-    sums: Tensor
-    """All but the last of `Sums`, on the device."""
+    loss_sum: Tensor
+    """On the device; of the rows of this rank, like the next two."""
+    tokens: int
+    computed_tokens: int
+    out_of_memory: bool
     micro_batches: int
-    """Of this rank."""
-
-    def forget_save(self) -> None:
-        """Drop the wish for a checkpoint, since one was written after it was made."""
-        self.sums[-1] = 0
+    since: float
+    """When its time began to count, by the monotonic clock."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def train(trainer: Trainer, hooks: Hooks, progress: Progress) -> Totals:
             evaluate_and_save(hooks, progress)
         if progress.step == trainer.stream.num_steps:
             return progress.overall
-        report = train_step(trainer, progress, hooks.wants, begun)
+        report = train_step(trainer, progress, hooks.wants(), begun)
         begun = report.begun
         _refuse_divergence(trainer, progress)
         if progress.step % trainer.spec.log_every == 0 or progress.step == trainer.stream.num_steps:
@@ -177,8 +177,6 @@ def train(trainer: Trainer, hooks: Hooks, progress: Progress) -> Totals:
             raise Preempted(progress.step)
         if report.sums.save and not progress.eval_due:
             hooks.on_save(progress)
-            if begun:
-                begun.forget_save()
 
 
 def evaluate_and_save(hooks: Hooks, progress: Progress) -> None:
@@ -195,7 +193,7 @@ def evaluate_and_save(hooks: Hooks, progress: Progress) -> None:
 def train_step(
     trainer: Trainer,
     progress: Progress,
-    wants: Callable[[], Wants],
+    wants: Wants,
     begun: Begun | None = None,
 ) -> Report:
     """Take the next step, on all ranks, in smaller micro-batches if it does not fit into memory.
@@ -207,23 +205,23 @@ def train_step(
     Args:
         trainer: what to work on.
         progress: is moved on by one step.
-        wants: says what this rank wants.
+        wants: of this rank.
         begun: `Report.begun` of the step before; without it a gradient would be added twice.
 
     Raises:
         OutOfMemoryError: when single reviews do not fit.
     """
-    started = time.monotonic()
     runtime, step = trainer.runtime, progress.step
+    started = begun.since if begun else time.monotonic()
     following = None
     while True:
-        begun = begun or begin_step(trainer, step, progress.split, wants())
+        begun = begun or begin_step(trainer, step, progress.split)
         runtime.phases.enter("optimizer", step + 1)
         set_rates(trainer.optimizer, rate_factor(step, trainer.stream.num_steps, trainer.optim))
         norm = runtime.step()
-        read = runtime.fetch(torch.cat([begun.sums, norm.double().reshape(1)]))
+        read = _fetch_sums(runtime, begun, wants, norm)
         if runtime.begins_ahead and not _evaluation_is_due(trainer, step + 1):
-            following = begin_step(trainer, step + 1, progress.split, wants())
+            following = begin_step(trainer, step + 1, progress.split)
             runtime.phases.enter("optimizer", step + 1)  # back to where the host waits
         sums = Sums(*read())
         if not sums.out_of_memory:
@@ -232,19 +230,27 @@ def train_step(
             runtime.forget_gradient()
         _cut_smaller(trainer, progress, begun.micro_batches)
         begun = None
-    _count(progress.recent, sums, len(trainer.stream.slots(step)), time.monotonic() - started)
+    ended = time.monotonic()
+    _count(progress.recent, sums, len(trainer.stream.slots(step)), ended - started)
     progress.step += 1
-    return Report(sums, following)
+    return Report(sums, following and replace(following, since=ended))
 
 
-def begin_step(trainer: Trainer, step: int, split: int, wants: Wants) -> Begun:
+def begin_step(trainer: Trainer, step: int, split: int = 1) -> Begun:
     """Hand the gradient of a step to the device."""
-    runtime = trainer.runtime
-    runtime.phases.enter("data", step + 1)
-    runtime.seed_step(trainer.spec.seed, step)
+    trainer.runtime.phases.enter("data", step + 1)
+    trainer.runtime.seed_step(trainer.spec.seed, step)
     batches = micro_batches(trainer, step, split)
-    sums = add_gradients(trainer, batches, len(trainer.stream.slots(step)), wants)
-    return Begun(sums, len(batches))
+    return add_gradients(trainer, batches, len(trainer.stream.slots(step)))
+
+
+def _fetch_sums(
+    runtime: Runtime, begun: Begun, wants: Wants, norm: Tensor
+) -> Callable[[], list[float]]:
+    """Sum over the ranks, in one message; return what waits for the fields of `Sums`."""
+    of_rank = begun.tokens, begun.computed_tokens, begun.out_of_memory, wants.stop, wants.save
+    on_device = runtime.sums(begun.loss_sum, *of_rank)
+    return runtime.fetch(torch.cat([on_device, norm.double().reshape(1)]))
 
 
 def _count(totals: Totals, sums: Sums, rows: int, seconds: float) -> None:
@@ -258,13 +264,13 @@ def _count(totals: Totals, sums: Sums, rows: int, seconds: float) -> None:
     totals.seconds += seconds
 
 
-def add_gradients(trainer: Trainer, batches: Sequence[Batch], rows: int, wants: Wants) -> Tensor:
-    """Compute the gradient of a step; return the first six of `Sums`, on the device.
+def add_gradients(trainer: Trainer, batches: Sequence[Batch], rows: int) -> Begun:
+    """Compute the gradient of a step.
 
     A rank that runs out of memory keeps the others company, with stand-ins whose gradient is NaN,
     until all have learnt of it: so no rank waits in vain, and none takes the step.
     """
-    runtime = trainer.runtime
+    runtime, since = trainer.runtime, time.monotonic()
     loss_sum = torch.zeros((), dtype=torch.float64, device=runtime.device)
     failed = False
     for number, batch in enumerate(batches):
@@ -275,7 +281,7 @@ def add_gradients(trainer: Trainer, batches: Sequence[Batch], rows: int, wants: 
                 runtime.spoil(lambda model: stand_in_loss(trainer, model))
     tokens = sum(batch.tokens for batch in batches)
     computed_tokens = sum(batch.computed_tokens for batch in batches)
-    return runtime.sums(loss_sum, tokens, computed_tokens, failed, wants.stop, wants.save)
+    return Begun(loss_sum, tokens, computed_tokens, failed, len(batches), since)
 
 
 def _add_gradient(trainer: Trainer, batch: Batch, rows: int, loss_total: Tensor) -> bool:
