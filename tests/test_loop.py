@@ -1,11 +1,11 @@
 """One step: what it updates, what it deals ahead, and that the host does not wait in the middle of it."""
 
 import copy
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.kernels import use_kernels
 from tests.tiny import make_trainer
 from toolkit.config import RunConfig
-from toolkit.engine import estimate, runtime
+from toolkit.engine import estimate, loop, runtime
 from toolkit.engine.lookups import Lookups, embeddings
 from toolkit.engine.loop import (
     Hooks,
@@ -279,12 +279,23 @@ def test_time_in_which_a_begun_step_computes_counts(
     split, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A GPU computes while the host logs: reviews/s would be too many without that time."""
+    clock = [0]
+
+    def passing(seconds: int, call: Callable[..., Any]) -> Callable[..., Any]:
+        def later(*arguments: Any) -> Any:
+            clock[0] += seconds
+            return call(*arguments)
+
+        return later
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     trainer = make_trainer(split, tiny_encoder)
-    slow = replace(Course(trainer).hooks(), on_step=lambda _: time.sleep(0.5))
-    for ahead, times in ((False, 0), (True, 2)):
+    fetch = trainer.runtime.fetch
+    monkeypatch.setattr(trainer.runtime, "fetch", lambda numbers: passing(1, fetch(numbers)))
+    hooks = replace(Course(trainer).hooks(), on_step=passing(10, lambda _: None))
+    for ahead, expected in ((False, 3), (True, 23)):
         monkeypatch.setattr(Runtime, "begins_ahead", ahead)
-        seconds = train(trainer, slow, Progress()).seconds
-        assert 0.5 * times < seconds < 0.5 * (times + 1)
+        assert train(trainer, hooks, Progress()).seconds == expected
 
 
 @pytest.mark.parametrize("max_tokens", [None, 8192, 64])

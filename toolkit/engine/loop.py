@@ -191,10 +191,7 @@ def evaluate_and_save(hooks: Hooks, progress: Progress) -> None:
 
 
 def train_step(
-    trainer: Trainer,
-    progress: Progress,
-    wants: Wants,
-    begun: Begun | None = None,
+    trainer: Trainer, progress: Progress, wants: Wants, begun: Begun | None = None
 ) -> Report:
     """Take the next step, on all ranks, in smaller micro-batches if it does not fit into memory.
 
