@@ -110,7 +110,7 @@ def test_captured_steps_are_the_others(
         progress, report = Progress(), None
         found.append([])
         for _ in range(15):
-            report = train_step(trainer, progress, Wants(), report and report.begun)
+            report = train_step(trainer, progress, Wants(), report)
             found[-1].append((report.sums.loss_sum, report.sums.norm))
         assert progress.recent.skipped == 0
     assert np.array(found[1]) == pytest.approx(np.array(found[0]), rel=3e-2)
@@ -120,8 +120,7 @@ def test_captured_steps_are_the_others(
 def test_the_host_does_not_wait_within_a_step(split: TokenSplit, tiny_encoder: Path) -> None:
     """As in test_loop.py, where CUDA itself says so: from a step's update to the next one's gradient."""
     trainer = make_trainer(split, tiny_encoder, precision="bf16", grad_accum=2)
-    progress = Progress()
-    report = train_step(trainer, progress, Wants())  # kernels are loaded
+    report = train_step(trainer, Progress(), Wants())  # kernels are loaded
     assert report.begun is not None
     torch.cuda._sleep(LONG)
     torch.cuda.set_sync_debug_mode("error")

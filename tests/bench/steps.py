@@ -84,12 +84,12 @@ def time_steps(trainer: Trainer, steps: int) -> Times:
     trainer = without_more(trainer, steps)
     progress, met = Progress(), Counter[tuple[int, int]]()
     dealt = [sizes(micro_batches(trainer, step)) for step in range(steps)]
-    seconds, tokens, begun = [], [], None
+    seconds, tokens, report = [], [], None
     for now, following in pairwise([*dealt, []]):
         counts = all(met[size] >= MET for size in (*now, *following))  # a GPU begins the next, too
         met.update(now)
         started = time.perf_counter()
-        begun = train_step(trainer, progress, Wants(), begun).begun
+        report = train_step(trainer, progress, Wants(), report)
         if counts:
             seconds.append(time.perf_counter() - started)
             tokens.append(sum(size for size, _ in now))
@@ -100,10 +100,10 @@ def busy_seconds(trainer: Trainer, steps: int) -> tuple[float, float]:
     """Return for how long of a step the GPU computes, under the profiler, and the step's tokens."""
     kinds = torch.profiler.ProfilerActivity
     trainer = without_more(trainer, steps)
-    progress, begun = Progress(), None
+    progress, report = Progress(), None
     with torch.profiler.profile(activities=[kinds.CUDA]) as profile:
         for _ in range(steps):
-            begun = train_step(trainer, progress, Wants(), begun).begun
+            report = train_step(trainer, progress, Wants(), report)
     on_gpu = (event for event in profile.events() if event.device_type == DeviceType.CUDA)
     kernels = [event for event in on_gpu if not event.is_user_annotation]
     busy = sum(event.self_device_time_total for event in kernels) / 1e6

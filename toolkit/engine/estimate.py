@@ -195,12 +195,12 @@ def _run_steps(trainer: Trainer, batch_size: int) -> tuple[float, float, float]:
     forget_peak(trainer.runtime.device)
     trainer.model.train()
     progress, seconds, before = Progress(), [], 0.0
-    begun = None
+    report = None
     for step in range(steps):
         if step == WARM_STEPS:
             before = progress.recent.computed_tokens
         started = time.perf_counter()
-        begun = train_step(smaller, progress, Wants(), begun).begun
+        report = train_step(smaller, progress, Wants(), report)
         seconds.append(time.perf_counter() - started)
     tokens = (progress.recent.computed_tokens - before) / TIMED_STEPS
     return tokens, statistics.median(seconds[WARM_STEPS:]), peak_bytes(trainer.runtime.device)

@@ -8,7 +8,7 @@ dropout and rate; ranks and micro-batches only share the work. So weights, AdamW
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -135,8 +135,6 @@ class Begun:
     computed_tokens: int
     out_of_memory: bool
     micro_batches: int
-    since: float
-    """When its time began to count, by the monotonic clock."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +144,8 @@ class Report:
     sums: Sums
     begun: Begun | None
     """The next step, if it is begun."""
+    ended: float
+    """When, by the monotonic clock."""
 
 
 def train(trainer: Trainer, hooks: Hooks, progress: Progress) -> Totals:
@@ -156,14 +156,13 @@ def train(trainer: Trainer, hooks: Hooks, progress: Progress) -> Totals:
         DivergedError: after more than `max_skipped` steps that could not be taken.
     """
     trainer.model.train()
-    begun: Begun | None = None
+    report: Report | None = None
     while True:
         if progress.eval_due:
             evaluate_and_save(hooks, progress)
         if progress.step == trainer.stream.num_steps:
             return progress.overall
-        report = train_step(trainer, progress, hooks.wants(), begun)
-        begun = report.begun
+        report = train_step(trainer, progress, hooks.wants(), report)
         _refuse_divergence(trainer, progress)
         if progress.step % trainer.spec.log_every == 0 or progress.step == trainer.stream.num_steps:
             trainer.runtime.phases.enter("log")
@@ -191,7 +190,7 @@ def evaluate_and_save(hooks: Hooks, progress: Progress) -> None:
 
 
 def train_step(
-    trainer: Trainer, progress: Progress, wants: Wants, begun: Begun | None = None
+    trainer: Trainer, progress: Progress, wants: Wants, last: Report | None = None
 ) -> Report:
     """Take the next step, on all ranks, in smaller micro-batches if it does not fit into memory.
 
@@ -203,14 +202,14 @@ def train_step(
         trainer: what to work on.
         progress: is moved on by one step.
         wants: of this rank.
-        begun: `Report.begun` of the step before; without it a gradient would be added twice.
+        last: of the step before; without it the gradient of a begun step would be added twice.
 
     Raises:
         OutOfMemoryError: when single reviews do not fit.
     """
     runtime, step = trainer.runtime, progress.step
-    started = begun.since if begun else time.monotonic()
-    following = None
+    begun, following = last and last.begun, None
+    started = last.ended if last and begun else time.monotonic()
     while True:
         begun = begun or begin_step(trainer, step, progress.split)
         runtime.phases.enter("optimizer", step + 1)
@@ -230,7 +229,7 @@ def train_step(
     ended = time.monotonic()
     _count(progress.recent, sums, len(trainer.stream.slots(step)), ended - started)
     progress.step += 1
-    return Report(sums, following and replace(following, since=ended))
+    return Report(sums, following, ended)
 
 
 def begin_step(trainer: Trainer, step: int, split: int = 1) -> Begun:
@@ -267,7 +266,7 @@ def add_gradients(trainer: Trainer, batches: Sequence[Batch], rows: int) -> Begu
     A rank that runs out of memory keeps the others company, with stand-ins whose gradient is NaN,
     until all have learnt of it: so no rank waits in vain, and none takes the step.
     """
-    runtime, since = trainer.runtime, time.monotonic()
+    runtime = trainer.runtime
     loss_sum = torch.zeros((), dtype=torch.float64, device=runtime.device)
     failed = False
     for number, batch in enumerate(batches):
@@ -278,7 +277,7 @@ def add_gradients(trainer: Trainer, batches: Sequence[Batch], rows: int) -> Begu
                 runtime.spoil(lambda model: stand_in_loss(trainer, model))
     tokens = sum(batch.tokens for batch in batches)
     computed_tokens = sum(batch.computed_tokens for batch in batches)
-    return Begun(loss_sum, tokens, computed_tokens, failed, len(batches), since)
+    return Begun(loss_sum, tokens, computed_tokens, failed, len(batches))
 
 
 def _add_gradient(trainer: Trainer, batch: Batch, rows: int, loss_total: Tensor) -> bool:
