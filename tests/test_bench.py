@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.bench import __main__ as bench
 from tests.bench import gpu, report, steps
 from tests.tiny import make_trainer
 from toolkit.data.cache import TokenSplit
@@ -54,6 +55,37 @@ def test_all_figures_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     peer, ratio = (line for line in lines if line.startswith("in_fp32"))
     assert "0.25 (0.25 to 0.25)" in peer, "the share of padding"
     assert "2.5 (2 to 3)" in ratio
+
+
+@pytest.mark.parametrize(("rows", "every"), [(480, 5), (192, 4), (112, 1), (80, 1), (32, 1)])
+def test_the_second_epoch_counts_whole_and_alone(rows: int, every: int) -> None:
+    """The log of a run whose steps take 1, 2, 3 ... s, a line 0.25 s, and what follows an epoch 100 s."""
+    assert report.log_every(rows, 16) == every
+    steps_an_epoch, clock, since, lines = rows // 16, 0.0, 0.0, []
+    for step in range(1, 2 * steps_an_epoch + 1):
+        clock, since = clock + step, since + step
+        if step % every == 0:
+            clock += 0.25
+            rate = every * 16 / since
+            figures = {"train/reviews_per_s": rate, "train/loss": step, "train/padding": 0.5}
+            lines.append({"step": step, "time": clock} | figures)
+            since = 0.0
+        if step % steps_an_epoch == 0:
+            clock += 100
+    of_second = range(steps_an_epoch + 1, 2 * steps_an_epoch + 1)
+    found = bench.second_epoch(lines, rows, 16)
+    assert found["seconds"] == pytest.approx(sum(of_second) + 0.25 * steps_an_epoch / every)
+    assert found["loss"] == 2 * steps_an_epoch
+    assert found["padding"] == 0.5
+
+
+def test_epochs_have_the_same_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    for rows in ("100", "16"):
+        with pytest.raises(SystemExit):
+            bench.main([f"--rows={rows}"])
+        assert f"--rows got {rows}, allowed are multiples of --batch_size 16, 32 or more" in (
+            capsys.readouterr().err
+        )
 
 
 def test_steps_count_when_their_sizes_were_met(split: TokenSplit, tiny_encoder: Path) -> None:

@@ -35,7 +35,6 @@ CONTENDERS = ("ours", *PEERS)
 IN_FP32 = ("run_classification", "trainer_dynamic", "accelerate_loop")
 ON_A_GPU = ("ours_compiled", "trainer_compiled")
 """On a CPU the lengths make the Trainer's model compile again and again, and ours gained 4 %, once."""
-LOG_EVERY = 5
 SHAPE_ONLY = "bert-base-shape"
 """See `tests.bench.encoder`."""
 
@@ -62,7 +61,8 @@ def flags_of(options: argparse.Namespace) -> list[str]:
         f"--dataset_path={options.folder / 'hub'}",
         f"--cache_dir={options.folder / 'cache'}",
         f"--output_dir={options.folder / 'runs'}",
-        *("--head=v1", "--validation_rows=2", "--epochs=2", f"--log_every={LOG_EVERY}"),
+        *("--head=v1", "--validation_rows=2", "--epochs=2"),
+        f"--log_every={report.log_every(options.rows, options.batch_size)}",
         *(f"--batch_size={options.batch_size}", f"--max_length={options.max_length}"),
         *(f"--lr={options.lr}", f"--seed={options.seed}", f"--cpu_threads={options.threads}"),
         *("--track=none", "--run_id=ours", "--overwrite"),
@@ -95,20 +95,24 @@ def ours(name: str, options: argparse.Namespace) -> dict[str, Any]:
     if torch.cuda.is_available():  # of the device then, as peers say it
         summary = json.loads((folder / "summary.json").read_text())
         peak = summary["peak_memory_mib"] * 2**20
-    half = options.rows // options.batch_size
-    second = [line for line in train if line["step"] > half]
-    chunk = LOG_EVERY * options.batch_size
-    in_steps = sum(chunk / line["train/reviews_per_s"] for line in second)
-    # what else happens between log lines; the first line of the epoch follows an evaluation
-    gone = second[-1]["time"] - second[0]["time"]
-    outside = gone - sum(chunk / line["train/reviews_per_s"] for line in second[1:])
-    return {
-        "seconds": in_steps + outside * len(second) / (len(second) - 1),
+    return second_epoch(train, options.rows, options.batch_size) | {
         "eval_seconds": options.test_rows / test["test/reviews_per_s"],
-        "loss": second[-1]["train/loss"],
         "accuracy": test["test/accuracy"],
-        "padding": statistics.mean(line["train/padding"] for line in second),
         "peak": peak,
+    }
+
+
+def second_epoch(lines: list[dict[str, Any]], rows: int, batch_size: int) -> dict[str, float]:
+    """Return the figures of the second of two epochs of so many rows, from the log of both."""
+    second = [line for line in lines if line["step"] > rows // batch_size]
+    chunk = report.log_every(rows, batch_size) * batch_size
+    in_steps = [chunk / line["train/reviews_per_s"] for line in second]
+    # what else happens between log lines; the first line of the epoch follows an evaluation
+    outside = second[-1]["time"] - second[0]["time"] - sum(in_steps[1:])
+    return {
+        "seconds": sum(in_steps) + outside * len(second) / (len(second) - 1),
+        "loss": second[-1]["train/loss"],
+        "padding": statistics.mean(line["train/padding"] for line in second),
     }
 
 
@@ -157,6 +161,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--test_rows", type=int, default=320)
     parser.add_argument("--out", type=Path, default=Path("bench.json"), help="all figures as JSON")
     options = parser.parse_args(arguments)
+    if options.rows % options.batch_size or options.rows < 2 * options.batch_size:
+        parser.error(
+            f"--rows got {options.rows}, allowed are multiples of --batch_size {options.batch_size}, "
+            f"{2 * options.batch_size} or more: both epochs are to have the same steps"
+        )
     options.out.parent.mkdir(parents=True, exist_ok=True)  # not found out half an hour later
     with tempfile.TemporaryDirectory() as scratch:
         options.folder = Path(scratch)

@@ -23,6 +23,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
+from tests.bench.report import log_every
 from toolkit.console import say
 from toolkit.data.cache import TokenSplit
 
@@ -116,7 +117,7 @@ def trainer(
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            logging_steps=5,
+            logging_steps=log_every(len(train), options.batch_size),
             **settings,
         ),
         train_dataset=rows_of(train),
@@ -181,7 +182,7 @@ def accelerate_loop(
     return {
         "seconds": ends[1] - ends[0],
         "eval_seconds": time.monotonic() - started,
-        "loss": float(torch.stack(losses[-10:]).mean()),
+        "loss": float(torch.stack(losses[-log_every(len(train), options.batch_size) :]).mean()),
         "accuracy": right / len(test),
         "padding": padding(train, places),
     }

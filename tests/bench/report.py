@@ -53,6 +53,12 @@ def summary(
     return {"limits": rates, "flops_per_token": flops, "contenders": contenders}
 
 
+def log_every(rows: int, batch_size: int) -> int:
+    """Return after how many steps, five at most, to log: a line has to end where an epoch does."""
+    steps = rows // batch_size
+    return max((every for every in range(1, 6) if steps % every == 0 and every < steps), default=1)
+
+
 def spread(values: list[float]) -> dict[str, float]:
     """Return median, lowest and highest."""
     middle = statistics.median(values)
