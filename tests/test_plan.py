@@ -59,7 +59,7 @@ def test_what_fits() -> None:
 
 
 def test_stated_rates() -> None:
-    """BERT-base at Amazon Polarity's lengths: section 2 of the reference counts 524 MFLOP."""
+    """BERT-base at Amazon Polarity's lengths: 6 for each weight of its linear layers, and attention's."""
     offsets = np.array([0, 130, 260])
     flops = estimate.token_flops(12, 768, 3072, offsets)
     assert flops == pytest.approx(524e6, rel=0.001)
@@ -147,6 +147,19 @@ def test_a_stated_rate_starts_nothing(
     ]
     assert all(row.split()[3] == "any" for row in rows)
     assert "ms*" in rows[1]
+
+
+def test_a_device_that_is_not_here_gets_its_own_micro_batches(
+    tiny_flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those that a CPU's caches want, of at most 8,192 tokens."""
+    monkeypatch.setattr("toolkit.run.training_tokens", lambda config, runtime: 64)
+    grounds: list[plan_module.Ground] = []
+    monkeypatch.setattr(plan_module, "report", lambda *given: grounds.append(given[2]))
+    assert main([*tiny_flags, "--tflops=1"]) == main([*tiny_flags, "--tflops=1", "--max_tokens=80"])
+    whole, cut = (estimate.work(ground.trainer, 1) for ground in grounds)
+    assert whole.largest >= whole.busiest > 64, "one for the whole step"
+    assert cut.largest <= 80
 
 
 @pytest.mark.parametrize("flags", [{"grad_accum": 4}, {"max_tokens": 200}, {}])

@@ -81,6 +81,16 @@ def test_a_deal_covers_the_step_exactly(
         assert len(dealt[0]) <= grad_accum
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_row_that_does_not_fit_sets_the_size_of_all(padded: bool) -> None:
+    """250 tokens are filled up to 256; it is not worth a micro-batch for each short row."""
+    lengths = np.array([250] + [20] * 20)
+    ranks = deal(lengths, 2, max_tokens=100, padded=padded)
+    assert [len(batches) for batches in ranks] == [2, 2]
+    largest = max(cost(lengths[rows], padded) for batches in ranks for rows in batches)
+    assert largest == (250 if padded else 256)
+
+
 def amazon_like(rng: np.random.Generator, count: int) -> np.ndarray:
     return np.clip(rng.lognormal(np.log(93), 0.47, count), 20, 256).astype(np.int64)
 

@@ -225,6 +225,8 @@ def survey(
     if options.tflops:
         rates = _stated(options, model.config, trainer, parameters)
         kept = estimate.activations(trainer)
+        # cut as a CPU wants it until here; a GPU takes what the user says
+        trainer = replace(trainer, spec=replace(trainer.spec, max_tokens=config.max_tokens))
     else:
         rates, kept = estimate.measure(trainer, standing)
         scoring = estimate.measure_scoring(trainer, evaluation_tokens(config, runtime), standing)

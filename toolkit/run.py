@@ -27,6 +27,7 @@ from toolkit.engine.loop import (
     stand_in_loss,
     train,
 )
+from toolkit.engine.memory import peak_bytes
 from toolkit.engine.optim import OptimSpec, build_optimizer
 from toolkit.engine.runtime import Runtime
 from toolkit.engine.watchdog import Watchdog
@@ -427,7 +428,7 @@ class Run:
             "device_seconds": round(seconds * self.runtime.world_size, 3),
             "reviews_per_s": totals.rows / seconds,
             "tokens_per_s": totals.tokens / seconds,
-            "peak_memory_mib": round(self.runtime.peak_bytes() / 2**20),
+            "peak_memory_mib": round(peak_bytes(self.runtime.device) / 2**20),
             "padding": 1 - totals.tokens / max(1.0, totals.computed_tokens),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
@@ -462,7 +463,7 @@ def training_tokens(config: RunConfig, runtime: Runtime) -> int | None:
     """Return the most tokens of a micro-batch in training; None if their number is said instead.
 
     On a CPU, larger tensors are mapped anew each time, and the kernel clears them page by page: with
-    26,000 tokens of MiniLM that takes a third of the step (NOTES.md).
+    26,000 tokens of MiniLM that takes a third of the step (tests/bench/NOTES.md).
     """
     by_itself = runtime.device.type == "cpu" and config.grad_accum == 1
     return config.max_tokens or (max(8192, config.max_length) if by_itself else None)

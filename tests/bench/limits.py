@@ -6,6 +6,7 @@ python -m tests.bench.limits
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,8 +33,7 @@ def measure(threads: int) -> dict[str, float]:
     return found
 
 
-def _best_seconds(work: object) -> float:
-    assert callable(work)
+def _best_seconds(work: Callable[[], object]) -> float:
     work()
     best, end = float("inf"), time.monotonic() + SECONDS
     while time.monotonic() < end:

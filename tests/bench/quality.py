@@ -10,10 +10,10 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from tests.bench.peers import rows_of
 from toolkit.config import RunConfig, parse
 from toolkit.console import say
 from toolkit.prepare import prepare_data
@@ -46,16 +46,7 @@ def trainer(seed: int, folder: Path, config: RunConfig) -> float:
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
 
-    def rows(name: str) -> list[dict[str, Any]]:
-        split = tokens.splits[name]
-        return [
-            {
-                "input_ids": split.tokens[split.offsets[row] : split.offsets[row + 1]].tolist(),
-                "labels": int(split.labels[row]),
-            }
-            for row in range(len(split))
-        ]
-
+    rows = {name: rows_of(split) for name, split in tokens.splits.items()}
     peer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -78,13 +69,13 @@ def trainer(seed: int, folder: Path, config: RunConfig) -> float:
             report_to="none",
             disable_tqdm=True,
         ),
-        train_dataset=rows("train"),
-        eval_dataset=rows("validation"),
+        train_dataset=rows["train"],
+        eval_dataset=rows["validation"],
         data_collator=DataCollatorWithPadding(AutoTokenizer.from_pretrained(encoder)),
         compute_metrics=lambda out: {"f1": f1_score(out.label_ids, out.predictions.argmax(-1))},
     )
     peer.train()
-    predicted = peer.predict(rows("test"))
+    predicted = peer.predict(rows["test"])
     return float((predicted.predictions.argmax(-1) == predicted.label_ids).mean())
 
 

@@ -18,13 +18,13 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
+from tests.programs import TRAIN
 from tests.tiny import make_encoder, reviews
 from toolkit.console import say
 from toolkit.engine.checkpoint import read_progress
 from toolkit.files import write_json
 from toolkit.record.checkpoints import describe_file, folder_name, read_manifest, write_manifest
 
-TRAIN = Path(__file__).resolve().parent.parent.parent / "toolkit" / "train.py"
 BATCH = 256
 
 

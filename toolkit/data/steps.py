@@ -83,7 +83,8 @@ def deal(
         lengths: (R,) tokens of each row.
         world_size: number of ranks.
         grad_accum: micro-batches for each rank; fewer if there are not enough rows.
-        max_tokens: use more micro-batches if that keeps each within this many tokens.
+        max_tokens: use as many more micro-batches as keep each within this many tokens, or those of the
+            longest row.
         padded: a micro-batch costs rows x longest row, instead of the sum of its lengths, filled up.
 
     Returns:
@@ -94,12 +95,11 @@ def deal(
     micro_batches = max(1, min(grad_accum, at_most))
     if max_tokens is None:
         return split(lengths, world_size, micro_batches)
-    micro_batches = max(micro_batches, -(-int(lengths.sum()) // (world_size * max_tokens)))
-    while True:
-        dealt = split(lengths, world_size, micro_batches)
-        if micro_batches >= len(lengths) or _largest(lengths, dealt, padded) <= max_tokens:
-            return dealt
+    budget = max(max_tokens, cost(lengths.max(keepdims=True), padded))  # no row can be cut
+    micro_batches = max(micro_batches, -(-int(lengths.sum()) // (world_size * budget)))
+    while _largest(lengths, dealt := split(lengths, world_size, micro_batches), padded) > budget:
         micro_batches += 1
+    return dealt
 
 
 def _deal_packed(lengths: np.ndarray, world_size: int, micro_batches: int) -> Deal:

@@ -17,8 +17,16 @@ import torch
 from torch import Tensor
 
 from toolkit.data.batches import make_batch
-from toolkit.data.steps import cost, deal, runs_within
-from toolkit.engine.loop import Progress, Trainer, Wants, deal_slots, summed_loss, train_step
+from toolkit.data.steps import cost, runs_within
+from toolkit.engine.loop import (
+    Progress,
+    Trainer,
+    Wants,
+    deal_rows,
+    deal_slots,
+    summed_loss,
+    train_step,
+)
 from toolkit.engine.memory import forget_peak, peak_bytes
 
 FLOAT = 4
@@ -109,15 +117,10 @@ def work(trainer: Trainer, world_size: int) -> Work:
     steps = np.linspace(0, trainer.stream.num_steps - 1, SAMPLE_STEPS).astype(int)
     busiest, totals, largest, reviews = [], [], 0, 0
     for step in np.unique(steps):
-        lengths = trainer.train.lengths(trainer.stream.rows(trainer.stream.slots(int(step))))
-        dealt = deal(
-            lengths,
-            world_size,
-            grad_accum=trainer.spec.grad_accum,
-            max_tokens=trainer.spec.max_tokens,
-            padded=trainer.padded,
-        )
-        sizes = [[cost(lengths[rows], trainer.padded) for rows in rank] for rank in dealt]
+        rows = trainer.stream.rows(trainer.stream.slots(int(step)))
+        lengths = trainer.train.lengths(rows)
+        dealt = deal_rows(trainer, rows, world_size)
+        sizes = [[cost(lengths[places], trainer.padded) for places in rank] for rank in dealt]
         busiest.append(max(map(sum, sizes)))
         totals.append(sum(map(sum, sizes)))
         largest = max(largest, *(size for rank in sizes for size in rank))
@@ -136,9 +139,8 @@ def state_bytes(kind: Kind, parameters: int, ranks: int, *, on_cpu: bool) -> flo
     """
     whole = {"replicas": 4, "zero1": 3, "zero2": 2, "zero2_offload": 2, "zero3": 2}[kind]
     cut = {"replicas": 0, "zero1": 3, "zero2": 4, "zero2_offload": 1, "zero3": 5}[kind]
-    if (
-        on_cpu
-    ):  # as measured (NOTES.md): stage 1 never touches its bucket, others leave copies behind
+    # as measured (tests/bench/NOTES.md): stage 1 never touches its bucket, others leave copies behind
+    if on_cpu:
         whole += {"zero1": -1, "zero2_offload": 1, "zero3": 1}.get(kind, 0)
         cut = 4 if kind == "zero2_offload" else cut  # it offloads to where it is
     return FLOAT * parameters * (whole + cut / ranks)

@@ -55,7 +55,7 @@ def evaluate(
         split, runtime.rank, runtime.world_size, max_tokens=max_tokens, padded=padded
     ):
         runtime.phases.enter("evaluate")
-        if runtime.any(wants_stop()):
+        if runtime.any(wants_stop()):  # several ranks wait here for their devices
             model.train(was_training)
             raise Preempted
         logits_RC = model(**runtime.inputs(batch)).logits[: len(batch.rows)].float()
@@ -66,7 +66,7 @@ def evaluate(
     rows = torch.from_numpy(np.concatenate(rows_seen))
     seen = torch.bincount(rows, minlength=len(split))
     scores = torch.zeros(len(split))
-    scores[rows] = torch.cat(found).cpu()  # until here the host does not wait for a device
+    scores[rows] = torch.cat(found).cpu()  # one alone waits here, for the first time
     loss_sum = runtime.sum(loss_sum)
     scores, seen = runtime.sum(scores).cpu(), runtime.sum(seen).cpu()
     if not bool((seen == 1).all()):

@@ -1,7 +1,7 @@
 """Embeddings on a CPU: a step looks up few of their rows, and pays for those alone.
 
 Otherwise each backward pass makes a gradient of the whole vocabulary, half of MiniLM's parameters: 47 MB
-that are mapped and cleared page by page, and that DDP sends to the other ranks. NOTES.md has the figures.
+that are mapped and cleared page by page, and that DDP sends to the other ranks (tests/bench/NOTES.md).
 """
 
 from collections.abc import Callable

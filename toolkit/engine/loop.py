@@ -20,7 +20,7 @@ from toolkit.console import say
 from toolkit.data.batches import NO_ROWS, Batch, make_batch
 from toolkit.data.cache import TokenSplit
 from toolkit.data.hashing import hash64, key64
-from toolkit.data.steps import Stream, deal
+from toolkit.data.steps import Deal, Stream, deal
 from toolkit.engine.optim import OptimSpec, rate_factor, set_rates
 from toolkit.engine.runtime import Runtime
 from toolkit.errors import DivergedError, Preempted
@@ -208,7 +208,8 @@ def train_step(
         OutOfMemoryError: when single reviews do not fit.
     """
     runtime, step = trainer.runtime, progress.step
-    begun, following = last and last.begun, None
+    begun = last.begun if last else None
+    following: Begun | None = None
     started = last.ended if last and begun else time.monotonic()
     while True:
         begun = begun or begin_step(trainer, step, progress.split)
@@ -320,17 +321,22 @@ def micro_batches(trainer: Trainer, step: int, split: int = 1) -> list[Batch]:
 
 def deal_slots(trainer: Trainer, slots: np.ndarray, split: int = 1) -> list[Batch]:
     """Return this rank's share of the rows in these slots."""
-    spec = trainer.spec
     rows = trainer.stream.rows(slots)
-    dealt = deal(
+    dealt = deal_rows(trainer, rows, trainer.runtime.world_size, split)
+    keys = hash64(key64("dropout", trainer.spec.seed), slots)
+    return [_batch(trainer, rows[places], keys[places]) for places in dealt[trainer.runtime.rank]]
+
+
+def deal_rows(trainer: Trainer, rows: np.ndarray, world_size: int, split: int = 1) -> Deal:
+    """Deal rows to so many ranks, every micro-batch cut into `split`."""
+    spec = trainer.spec
+    return deal(
         trainer.train.lengths(rows),
-        trainer.runtime.world_size,
+        world_size,
         grad_accum=spec.grad_accum * split,
-        max_tokens=spec.max_tokens and max(1, spec.max_tokens // split),
+        max_tokens=spec.max_tokens and spec.max_tokens // split,
         padded=trainer.padded,
     )
-    keys = hash64(key64("dropout", spec.seed), slots)
-    return [_batch(trainer, rows[places], keys[places]) for places in dealt[trainer.runtime.rank]]
 
 
 def _batch(trainer: Trainer, rows: np.ndarray, keys: np.ndarray | None = None) -> Batch:

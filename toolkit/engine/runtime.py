@@ -34,7 +34,6 @@ from toolkit.data.batches import Batch
 from toolkit.data.hashing import key64
 from toolkit.engine.lookups import Lookups, embeddings
 from toolkit.engine.meeting import init_method
-from toolkit.engine.memory import peak_bytes
 from toolkit.engine.phases import Phases
 from toolkit.engine.replicas import MOMENTS, Replicas, State, set_updates, updates, whole_shape
 from toolkit.engine.zero import Zero
@@ -205,10 +204,6 @@ class Runtime:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def peak_bytes(self) -> int:
-        """Return the most memory that this process has used: the device's, or on a CPU the process's."""
-        return peak_bytes(self.device)
-
     def step(self) -> Tensor:
         """Clip and apply the gradient, unless it is not finite, and forget it.
 
@@ -372,8 +367,7 @@ def _accelerator(on_cpu: bool, rank_timeout: float) -> Accelerator:
         # it compiles its communication with the ninja that pip installed next to this Python
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return Accelerator(
-        # cpu=True makes Accelerate choose gloo for several processes, and turns DeepSpeed off: traps
-        # 1.1 and 1.2
+        # cpu=True makes Accelerate choose gloo for several processes, and turns DeepSpeed off
         cpu=on_cpu and not zero_on_cpu,
         mixed_precision="no",  # `prepare` says why
         # the loop divides by itself; without this, ACCELERATE_GRADIENT_ACCUMULATION_STEPS would

@@ -8,6 +8,7 @@ Shapes: S rows of L tokens each, or T packed tokens in S sequences, N of which a
 of a product, H heads, K units a head. `bounds` (S + 1,) int32 cuts the packed tokens into sequences.
 """
 
+import functools
 import os
 from importlib.util import find_spec
 from shutil import which
@@ -59,16 +60,16 @@ class PackedSelfAttention(BertSelfAttention):
         attended_NHK = attend(first_SHK, joint_TPHK, bounds, longest, self.scaling)
         return attended_NHK.flatten(1).unsqueeze(0), None
 
-    def _project(self, x_1ND: Tensor, *layers: nn.Linear) -> Tensor:
-        """Apply layers as one product, which is faster than one each; return (N, P, H, K).
+    def _project(self, x_1TD: Tensor, *layers: nn.Linear) -> Tensor:
+        """Apply layers as one product, which is faster than one each; return (T, P, H, K).
 
         Their weights are read and they are not called: hooks on them would see padded batches only.
         """
         # cast first: half of the bytes to copy, and ZeRO-3 keeps the joint weight as it is handed over
-        weight = torch.cat([layer.weight.to(x_1ND.dtype) for layer in layers])
-        bias = torch.cat([layer.bias.to(x_1ND.dtype) for layer in layers])
+        weight = torch.cat([layer.weight.to(x_1TD.dtype) for layer in layers])
+        bias = torch.cat([layer.bias.to(x_1TD.dtype) for layer in layers])
         shape = len(layers), self.num_attention_heads, self.attention_head_size
-        return functional.linear(x_1ND.squeeze(0), weight, bias).unflatten(-1, shape)
+        return functional.linear(x_1TD.squeeze(0), weight, bias).unflatten(-1, shape)
 
 
 def attend(
@@ -124,6 +125,7 @@ def _gpu_has_kernels() -> bool:
     return torch.cuda.get_device_capability() >= (8, 0) and compiles
 
 
+@functools.cache  # every layer asks
 def c_compiler() -> str | None:
     """Return the compiler that Triton makes its way into the driver with, if there is one."""
     return os.environ.get("CC") or which("clang") or which("gcc")

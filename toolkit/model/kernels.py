@@ -4,7 +4,7 @@ Torch's own (`varlen_attn`: flash attention 2) is made for long sequences: its b
 copy of the queries' gradient, which several blocks add to. Here a block of rows belongs to one program,
 which adds up its gradients in registers: as queries, then as keys and values. That computes weights
 twice, and leaves nothing to share: no copy, no atomic addition, and the same result in every run. With
-reviews of a hundred tokens both passes take half of the time (NOTES.md).
+reviews of a hundred tokens both passes take half of the time (tests/bench/NOTES.md).
 
 The method is flash attention's (Dao et al., 2022; Dao, 2023): weights are computed block by block where
 they are needed, and again in the backward pass, from the logarithm of each query's sum.

@@ -4,7 +4,7 @@ So of packed micro-batches it computes no more than that: keys and values of all
 ones. That leaves out 10 of the 12 parts of its products, forward and backward, and almost all of its
 attention, and changes nothing that is read. Padded ones, the reference, go through the stock layer.
 
-Shapes: T tokens of a packed micro-batch, S sequences, D features.
+Shapes: T tokens of a packed micro-batch, S sequences, L tokens of a padded one, D features.
 """
 
 from typing import Any

@@ -5,7 +5,7 @@ bf16, three times as long for 512 (torch 2.13, tests/bench/NOTES.md). Weights ar
 pass, a number for each head and two tokens of a review; torch's keeps fp32 copies of its inputs and works
 weights out again. Scores and their softmax are in fp32, all else is in the precision of the inputs.
 
-Shapes: T packed tokens, L of one sequence, W of the window around it; H heads, K units a head.
+Shapes: T packed tokens, S sequences, L tokens of one, W of the window around it; H heads, K units a head.
 """
 
 from itertools import pairwise
