@@ -38,8 +38,10 @@ STEPS = (
     ("trainer_compiled", 32),
 )
 """What is most likely to fail, a peer's compilation, comes last."""
-FEW = ["--batch_size=32", "--rows=12800", "--out=bench-gpu-32.json"]
-MANY = ["--batch_size=1024", "--rows=131072", "--out=bench-gpu-1024.json", "--repeats=3"]
+TESTS = "--test_rows=12800"
+"""So many that a start, of workers or of a graph, is a small part."""
+FEW = ["--batch_size=32", "--rows=12800", TESTS, "--out=bench-gpu-32.json"]
+MANY = ["--batch_size=1024", "--rows=131072", TESTS, "--out=bench-gpu-1024.json", "--repeats=3"]
 
 
 def steps() -> None:
@@ -98,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
     if unknown := [name for name in wanted if name not in PARTS]:
         parser.error(f"got {', '.join(unknown)}, allowed are {', '.join(PARTS)}")
     if not torch.cuda.is_available():
-        sys.exit("torch sees no GPU here; on a CPU type: python -m tests.bench --rows 192")
+        sys.exit("torch sees no GPU here; on a CPU type: python -m tests.bench")
     say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     failed = [name for name in wanted if not _succeeds(PARTS[name])]
     if failed:

@@ -14,11 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.bench.__main__ import flags_of, prepare_encoder, shared_parser
+from tests.bench.__main__ import flags_of, prepare_encoder, shared_parser, write_reviews
 from tests.bench.report import spread
-from tests.bench.reviews import write_hub_folder
 from tests.programs import TRAIN, launcher, run_for_peak
-from toolkit.config import RunConfig, cache_dir
 from toolkit.console import say
 
 LAUNCHES = ("cpu2", "zero1", "zero2", "zero2_offload", "zero3")
@@ -49,7 +47,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         options.folder = Path(scratch)
         prepare_encoder(options)
-        write_hub_folder(cache_dir(RunConfig()), options.folder / "hub", options.rows + 2, 16)
+        write_reviews(options, test_rows=16)
         for batch_size in options.batch_sizes:
             options.batch_size = batch_size
             names = ["cpu", *options.launches]
