@@ -240,15 +240,19 @@ def test_the_same_command_with_a_path_goes_on_from_its_own_checkpoints(
     assert not folder.with_name("moved.old-1").exists()
 
 
+@pytest.mark.parametrize("place", ["beside", "within"])
 def test_a_lone_checkpoint_is_refused_before_anything_is_moved(
-    stopped: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    place: str, stopped: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags, folder = stopped
-    lone = tmp_path / "backup" / "step-000009"
+    backup = (folder if place == "within" else folder.parent) / "backup"
+    lone = backup / ("step-000009" if place == "within" else "of_a_run/step-000009")
     shutil.copytree(folder / "checkpoints" / "step-000009", lone)
-    assert main([*flags, f"--resume={lone}"]) == 5
-    assert "is it the whole run folder?" in capsys.readouterr().err
+    assert main([*flags, f"--run_id={folder.name}", f"--resume={lone}"]) == 5
+    reason = "lies in the run folder" if place == "within" else "is it the whole run folder?"
+    assert reason in capsys.readouterr().err
     assert (folder / "metrics.jsonl").exists()
+    assert lone.exists()
 
 
 def test_a_disk_error_is_damage(

@@ -134,6 +134,15 @@ def test_run_id_is_what_defines_the_run(monkeypatch: pytest.MonkeyPatch) -> None
     assert parse([]).run_id == base.run_id  # whoever starts it, it is the same run
 
 
+def test_a_home_folder_is_one_in_flags_and_files_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell leaves `--config=~/mine.yaml` as it is, and so do sweeps."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("output_dir: ~/elsewhere\n")
+    assert parse(["--config=~/mine.yaml"]).folder.parent == tmp_path / "elsewhere"
+
+
 def test_yaml_files_may_be_empty_and_hold_numbers_for_text(tmp_path: Path) -> None:
     file = tmp_path / "x.yaml"
     file.write_text("# nothing yet\n")

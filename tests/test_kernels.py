@@ -71,9 +71,10 @@ def test_results_and_gradients(
 
 def test_packs_need_what_triton_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else `batching: auto` pads: a GPU from Ampere on, and a C compiler."""
-    gpu, look = torch.device("cuda"), attention.c_compiler.__wrapped__
+    gpu = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    monkeypatch.setattr(attention, "c_compiler", look)  # each time, instead of once
+    uncached = attention._triton_compiles.__wrapped__
+    monkeypatch.setattr(attention, "_triton_compiles", uncached)
     monkeypatch.setattr(attention, "which", lambda name: None)
     monkeypatch.delenv("CC", raising=False)
     assert not attention.has_fast_packing(gpu, "bf16")

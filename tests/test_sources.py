@@ -232,14 +232,19 @@ def test_folders_are_sorted_into_splits(
         (["test.csv"], "found no train file"),
         (["train.csv", "more.csv"], "more.csv: name it train, validation or test"),
         (["train.csv", "test.json"], "test.json: format is not one of"),
+        (["train.csv", "test.csv.xz"], "test.csv.xz: format is not one of"),
         (["train.csv", "train.tsv"], "train is there in several formats"),
+        (["train.csv", "../elsewhere/part.csv"], "test: a link to a folder is not followed"),
     ],
 )
 def test_no_file_of_a_folder_is_passed_over(
     tmp_path: Path, names: list[str], complaint: str
 ) -> None:
+    folder = folder_with(tmp_path, *names)
+    if (folder.parent / "elsewhere").exists():
+        (folder / "test").symlink_to(folder.parent / "elsewhere")
     with pytest.raises(DataError, match=complaint):
-        open_source(SourceSpec(str(folder_with(tmp_path, *names))), tmp_path)
+        open_source(SourceSpec(str(folder)), tmp_path)
 
 
 @pytest.mark.parametrize("delimiter", [";", "\t", "|"])

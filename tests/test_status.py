@@ -1,17 +1,20 @@
 """How runs stand, and how that reads."""
 
+import errno
+import fcntl
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from filelock import FileLock, Timeout
 
+from toolkit.errors import ConfigError
 from toolkit.experiments import slurm, status
 from toolkit.experiments.commands import main
 from toolkit.experiments.states import read_state
 from toolkit.experiments.sweep import load, runs
+from toolkit.files import lock
 from toolkit.record.journal import RunFolder
 
 
@@ -67,25 +70,43 @@ def test_a_reason_is_the_problem_and_not_its_heading(tmp_path: Path) -> None:
     assert len(read_state(tmp_path).describe()) < 180
 
 
-def test_folders_that_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another user's, or on a file system without locks: then signs of life tell."""
+def test_who_writes_in_a_folder(tmp_path: Path) -> None:
+    """To ask needs no right to write, makes no file, and does not look like writing to others who ask."""
     folder = RunFolder(tmp_path / "run")
     write_run(folder.path, "running")
+    assert not folder.in_use()
+    assert not lock_path(folder).exists()
+    with folder.claim():
+        lock_path(folder).chmod(0o444)
+        assert folder.in_use()
+    assert not folder.in_use()
+    with lock_path(folder).open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # another one asks at this moment
+        assert not folder.in_use()
 
-    def refuse(self: FileLock, timeout: float) -> None:
-        raise NotImplementedError
 
-    monkeypatch.setattr(FileLock, "acquire", refuse)
+def test_folders_that_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a file system without locks: signs of life tell, and nobody may write."""
+    folder = RunFolder(tmp_path / "run")
+    write_run(folder.path, "running")
+    lock_path(folder).touch()
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)  # filelock's, too
     assert not folder.in_use()
     (folder.path / ".ranks" / "a").mkdir(parents=True)
     (folder.path / ".ranks" / "a" / "0").touch()
     assert folder.in_use()
+    with pytest.raises(ConfigError, match="file system without locks"), folder.claim():
+        pass
+    with pytest.raises(OSError, match="not implemented"), lock(tmp_path / "cache"):
+        pass
 
-    def busy(self: FileLock, timeout: float) -> None:
-        raise Timeout("x")
 
-    monkeypatch.setattr(FileLock, "acquire", busy)
-    assert folder.in_use()
+def lock_path(folder: RunFolder) -> Path:
+    return folder.path.with_name(".run.lock")
 
 
 def test_the_next_morning(

@@ -158,6 +158,32 @@ def test_a_second_run_shows_the_first(
     assert (kept / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_job_that_is_queued_again_before_it_began_does_what_it_was_told(
+    finished: tuple[list[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    fresh_accelerate: Callable[[], None],
+) -> None:
+    """What is in the folder is not its own."""
+    flags, folder = finished
+    fresh_accelerate()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert main([*flags, "--overwrite"]) == 0
+    assert read(folder / "run.json")["slurm_job"] == "7"
+    assert read(folder.with_name(f"{folder.name}.old-1") / "run.json")["slurm_job"] is None
+    assert main([*flags, "--overwrite"]) == 0, "now it is: the result is shown"
+    assert not folder.with_name(f"{folder.name}.old-2").exists()
+
+
+def test_to_overwrite_and_to_resume_contradict_each_other(
+    finished: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags, folder = finished
+    assert main([*flags, "--overwrite", f"--resume={folder}"]) == 2
+    assert f"leave out --resume {folder}" in capsys.readouterr().err
+    assert read(folder / "status.json")["status"] == "completed"
+
+
 @pytest.mark.parametrize("flag", ["--overwrite", "--resume=none"])
 def test_a_job_that_is_queued_again_goes_on(
     flag: str,
@@ -198,10 +224,11 @@ def test_a_folder_of_another_run_is_not_taken_for_this_one(
     assert "data is" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["precious.csv", "config.yaml"])
 def test_a_folder_of_the_users_is_left_alone(
-    tiny_flags: list[str], capsys: pytest.CaptureFixture[str]
+    name: str, tiny_flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    precious = Path(tiny_flags[3].split("=")[1]) / "mine" / "precious.csv"
+    precious = Path(tiny_flags[3].split("=")[1]) / "mine" / name
     precious.parent.mkdir(parents=True)
     precious.write_text("irreplaceable")
     assert main([*tiny_flags, "--run_id=mine"]) == 2
@@ -231,7 +258,8 @@ def test_no_step_at_all_is_an_error(
 def test_dry_run_trains_nothing(tiny_flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*tiny_flags, "--dry_run"]) == 0
     assert "21 steps of 16 reviews" in capsys.readouterr().out
-    assert not Path(tiny_flags[3].split("=")[1]).exists()
+    assert main([*tiny_flags, "--dry_run", "--label_column=verdict"]) == 3
+    assert not Path(tiny_flags[3].split("=")[1]).exists(), "nor is a failure of it one of the run"
 
 
 def test_bad_data_is_recorded_before_any_model_is_loaded(

@@ -192,7 +192,7 @@ class RunConfig:
     @property
     def folder(self) -> Path:
         """The run folder."""
-        return Path(self.output_dir) / str(self.run_id)
+        return Path(self.output_dir).expanduser() / str(self.run_id)
 
     @property
     def wandb_place(self) -> tuple[dict[str, Any], str, Path]:
@@ -327,7 +327,7 @@ def _items(tokens: list[str]) -> tuple[list[Item], list[str]]:
 
 def _file_items(path: str) -> list[Item]:
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

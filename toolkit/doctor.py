@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
         versions,
         devices,
         lambda: hello(options.launch or _default_launch(), options.num_processes),
-        lambda: disk(Path(options.output_dir), "--output_dir"),
+        lambda: disk(Path(options.output_dir).expanduser(), "--output_dir"),
         lambda: disk(cache_dir(RunConfig()), "TOOLKIT_CACHE_DIR"),
         caches,
     ]

@@ -16,8 +16,16 @@ from filelock import FileLock
 def lock(target: Path) -> Iterator[None]:
     """Hold the only builder's place for `target`; the kernel frees it when the process dies."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_name(f".{target.name}.lock")):
+    with lock_file(target):
         yield
+
+
+def lock_file(target: Path) -> FileLock:
+    """Return the lock next to `target`; on a file system without locks it is an `OSError` to take it.
+
+    Otherwise filelock 4.2 would take the file's existence for the lock, which outlives a killed process.
+    """
+    return FileLock(target.with_name(f".{target.name}.lock"), fallback_to_soft=False)
 
 
 @contextmanager
@@ -42,22 +50,37 @@ def publish_folder(target: Path) -> Iterator[Path]:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole: a reader sees the old content or the new one."""
-    aside = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+@contextmanager
+def publish_file(target: Path) -> Iterator[Path]:
+    """Yield a hidden place for a file and rename it to `target` when the block succeeds."""
+    aside = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
-        aside.write_text(text, encoding="utf-8")
+        yield aside
         sync(aside)
-        aside.replace(path)
+        aside.replace(target)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-    sync(path.parent)
+    sync(target.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole: a reader sees the old content or the new one."""
+    with publish_file(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whole."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def facts_in(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a file; nothing of one that is absent, or not ours to read."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def sync(path: Path) -> None:

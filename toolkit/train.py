@@ -78,12 +78,12 @@ def start(config: RunConfig, turn: Turn, stop: Stop) -> int:
     except (ToolkitError, OSError) as error:
         # a library may have made something else of `Preempted`
         failure = Preempted() if stop.requested else error
-        if turn.is_main:
+        if turn.is_main and not config.dry_run:
             folder.record_failure(getattr(failure, "status", "io_error"), str(failure))
             if config.track == "wandb" and is_agents_run() and stop.by_scheduler:
                 give_back(wandb_arguments(*config.wandb_place))
         raise failure from error
-    if folder.status == "completed" and not (config.overwrite and not is_restarted()):
+    if folder.status == "completed" and not (config.overwrite and not has_begun(folder)):
         return show_result(config, tokens, folder, turn)
     if turn.is_main:
         say(describe(tokens))
@@ -113,8 +113,11 @@ def open_folder(config: RunConfig, tokens: TokenCache, folder: RunFolder) -> Pat
     """
     resume = config.resume
     if config.overwrite and folder.status == "completed":
+        if resume not in ("auto", "strict", "none"):
+            hint = f"leave out --resume {resume}, or choose another --run_id"
+            raise ConfigError([f"--overwrite begins at the first step: {hint}"])
         resume = "none"
-    elif resume == "none" and is_restarted():
+    elif resume == "none" and has_begun(folder):
         say("This start has begun before: it goes on, whatever --resume says")
         resume = "auto"
     if resume != "none" and folder.status == "completed":
@@ -132,6 +135,11 @@ def open_folder(config: RunConfig, tokens: TokenCache, folder: RunFolder) -> Pat
         raise
     folder.open(point, is_own=is_in_place())
     return point
+
+
+def has_begun(folder: RunFolder) -> bool:
+    """Tell whether this very start, by its launcher or by SLURM, has had the folder before."""
+    return is_restarted() and folder.job() == os.environ.get("SLURM_JOB_ID")
 
 
 def describe_plan(config: RunConfig, num_rows: int) -> str:

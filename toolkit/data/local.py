@@ -25,7 +25,10 @@ SPLIT_WORDS = {
 }
 SPLIT_NAME = re.compile(rf"({'|'.join(SPLIT_WORDS)})([-_.].*)?", re.IGNORECASE)
 """Names of a split's files and folders: train.csv, train-00000-of-00004.parquet, test_2.csv, dev."""
-DATA_LIKE = {".json", ".txt", ".gz", ".zip", ".xlsx", ".xls", ".arrow", ".feather", ".ndjson"}
+DATA_LIKE = {
+    *(".json", ".ndjson", ".txt", ".xlsx", ".xls", ".arrow", ".feather"),
+    *(".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz"),
+}
 """Formats that we do not read, and whose files should not be passed over in silence."""
 DELIMITERS = ",;\t|"
 
@@ -75,6 +78,10 @@ def _files_by_split(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
     for path in sorted(folder.rglob("*")):
         suffix, parts = path.suffix.lower(), path.relative_to(folder).parts
         hidden = any(part.startswith(".") for part in parts)
+        if path.is_symlink() and path.is_dir() and not hidden:
+            problems.append(
+                f"{path}: a link to a folder is not followed; link to its files instead"
+            )
         if not path.is_file() or hidden or suffix not in {*READERS, *DATA_LIKE}:
             continue
         match = SPLIT_NAME.fullmatch(parts[0]) or SPLIT_NAME.fullmatch(path.name)

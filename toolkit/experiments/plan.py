@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from toolkit.config import RunConfig, cache_dir, part
@@ -33,7 +32,7 @@ def costs(runs: list[Run], stated_rate: float | None) -> list[Cost]:
         runs: the runs of a sweep.
         stated_rate: reviews/s; None takes what completed runs in the same folders reached.
     """
-    folders = {Path(run.config.output_dir) for run in runs}
+    folders = {run.folder.parent for run in runs}
     seen = [summary for folder in folders for summary in summaries(folder)]
     return [_cost(run.config, stated_rate, seen) for run in runs]
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from toolkit.files import facts_in
 from toolkit.record.journal import RunFolder
 
 Kind = Literal["waiting", "running", "lost", "preempted", "completed", "stopped", "failed"]
@@ -98,12 +99,12 @@ class State:
 
 def read_state(path: Path) -> State:
     """Return how the run of this folder stands."""
-    status = _json(path / "status.json")
+    status = facts_in(path / "status.json")
     match status.get("status"):
         case None:
             return State("waiting")
         case "completed":
-            return State("completed", status, summary=_json(path / "summary.json"))
+            return State("completed", status, summary=facts_in(path / "summary.json"))
         case "running":
             kind: Kind = "running" if RunFolder(path).in_use() else "lost"
         case "preempted":
@@ -112,18 +113,11 @@ def read_state(path: Path) -> State:
             kind = "stopped"
         case _:
             kind = "failed"
-    run = _json(path / "run.json")
+    run = facts_in(path / "run.json")
     step, rate = _progress(path / "metrics.jsonl")
     num_steps = run.get("num_steps")
     left = (num_steps - step) / rate if num_steps and rate else None
     return State(kind, status, run, step=step, seconds_left=left)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
 
 
 def _progress(path: Path) -> tuple[int, float | None]:

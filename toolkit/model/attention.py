@@ -121,11 +121,14 @@ def has_fast_packing(device: torch.device, precision: str) -> bool:
 @torch.compiler.assume_constant_result
 def _gpu_has_kernels() -> bool:
     """Tell whether the GPU knows bf16 (from Ampere on), and Triton can compile for it here."""
-    compiles = find_spec("triton") is not None and c_compiler() is not None
-    return torch.cuda.get_device_capability() >= (8, 0) and compiles
+    return torch.cuda.get_device_capability() >= (8, 0) and _triton_compiles()
 
 
 @functools.cache  # every layer asks
+def _triton_compiles() -> bool:
+    return find_spec("triton") is not None and c_compiler() is not None
+
+
 def c_compiler() -> str | None:
     """Return the compiler that Triton makes its way into the driver with, if there is one."""
     return os.environ.get("CC") or which("clang") or which("gcc")

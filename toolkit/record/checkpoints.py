@@ -142,7 +142,9 @@ def choose(resume: str, folder: Path, origin: Origin) -> Path | None:
     """
     if resume == "none":
         return None
-    candidates = steps_in(folder) if resume in ("auto", "strict") else _at(Path(resume))
+    candidates = (
+        steps_in(folder) if resume in ("auto", "strict") else _at(Path(resume).expanduser())
+    )
     damaged = []
     for path in candidates:
         try:

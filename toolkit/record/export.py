@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from toolkit.assets import TOKENIZER_FILES
+from toolkit.files import publish_file
 
 CARD = """\
 # {run_id}
@@ -83,9 +84,8 @@ def save_predictions(
     table = pyarrow.table(
         {"row_id": np.asarray(row_ids), "label": np.asarray(labels), "score": np.asarray(scores)}
     )
-    aside = path.with_name(f".{path.name}.tmp")
-    pyarrow.parquet.write_table(table, aside)
-    aside.replace(path)
+    with publish_file(path) as aside:
+        pyarrow.parquet.write_table(table, aside)
 
 
 def save_state_dict(safetensors: Path, path: Path) -> None:
@@ -93,6 +93,5 @@ def save_state_dict(safetensors: Path, path: Path) -> None:
     import torch
     from safetensors.torch import load_file
 
-    aside = path.with_name(f".{path.name}.tmp")
-    torch.save(load_file(safetensors), aside)
-    aside.replace(path)
+    with publish_file(path) as aside:
+        torch.save(load_file(safetensors), aside)

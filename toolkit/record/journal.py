@@ -12,6 +12,8 @@ runs/<run_id>/
     STOP                 made by a user: save and stop
 """
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -27,12 +29,14 @@ from filelock import FileLock, Timeout
 
 from toolkit.console import complain, say
 from toolkit.errors import CheckpointError, ConfigError
-from toolkit.files import publish_folder, sync, write_json, write_text
+from toolkit.files import facts_in, lock_file, publish_folder, sync, write_json, write_text
 from toolkit.record.checkpoints import clear_unfinished, set_newer_aside, steps_in
 from toolkit.redact import redact_values
 
-OUR_FILES = {"status.json", "run.json", "config.yaml"}
-"""What tells a run folder from a folder of the user's."""
+EMPTY_RUN = {"run.json", "config.yaml", "STOP", "status.json"}
+"""All that a run has which ended before it had anything to keep. The last one, written first and deleted
+last, tells a run folder from one of the user's, who may keep a `config.yaml`."""
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 SILENCE_SECONDS = 60.0
 """A run whose ranks have said nothing for so long is dead; they speak once a second."""
 
@@ -62,21 +66,20 @@ class RunFolder:
         return self._read_status().get("status")
 
     def _read_status(self) -> dict[str, Any]:
-        try:
-            return dict(json.loads((self.path / "status.json").read_text()))
-        except (OSError, ValueError, TypeError):
-            return {}
+        return facts_in(self.path / "status.json")
 
     def in_use(self) -> bool:
         """Tell whether another process is writing here."""
-        lock = self._lock_file()
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
+            # a shared lock needs no right to write, so other users may ask, too
+            with open(lock_file(self.path).lock_file, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
             return True
-        except (OSError, NotImplementedError):  # read-only to us, or a file system without locks
+        except OSError:  # hidden from us, or on a file system without locks
             return self._has_signs_of_life()
-        lock.release()
         return False
 
     def _has_signs_of_life(self) -> bool:
@@ -86,8 +89,9 @@ class RunFolder:
                 beats.append(path.stat().st_mtime)
         return time.time() - max(beats) < SILENCE_SECONDS
 
-    def _lock_file(self) -> FileLock:
-        return FileLock(self.path.with_name(f".{self.path.name}.lock"))
+    def job(self) -> str | None:
+        """Return the SLURM job that the last start was in, if there was a start, and a job."""
+        return facts_in(self.path / "run.json").get("slurm_job")
 
     def summary(self) -> dict[str, Any]:
         """Return what a completed run left."""
@@ -139,10 +143,15 @@ class RunFolder:
         except (OSError, yaml.YAMLError):
             return False
         is_path = resume not in ("auto", "strict", "none")
-        return is_path and before["resume"] == resume and bool(steps_in(self.checkpoints))
+        return is_path and before.get("resume") == resume and bool(steps_in(self.checkpoints))
 
     def _copy_record(self, other: Path, *, is_own: bool) -> None:
         """Take over what another folder's run has left besides its checkpoint."""
+        if self.path.resolve() in (other.resolve(), *other.resolve().parents):
+            raise CheckpointError(
+                f"what to resume lies in the run folder {self.path}, and not in its checkpoints/: "
+                "copy it elsewhere, with metrics.jsonl, or choose another --run_id"
+            )
         if not (other / "metrics.jsonl").exists():
             raise CheckpointError(f"{other} has no metrics.jsonl: is it the whole run folder?")
         if not is_own:
@@ -212,19 +221,22 @@ class RunFolder:
 
     @contextmanager
     def _lock(self, wait_seconds: float = 0) -> Iterator[None]:
-        lock = self._lock_file()
+        lock = lock_file(self.path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _acquire(lock, wait_seconds)
         except Timeout as error:  # is an OSError too
             hint = "wait for it, or choose another --run_id"
             raise ConfigError([f"another process is writing {self.path}; {hint}"]) from error
-        except NotImplementedError as error:  # what filelock says of some Lustre and NFS mounts
-            reason = "is on a file system without locks (flock); name another with --output_dir"
-            raise ConfigError([f"output_dir {self.path.parent} {reason}"]) from error
         except OSError as error:
-            reason = f"cannot be written ({error.strerror}); name another with --output_dir"
-            raise ConfigError([f"output_dir {self.path.parent} {reason}"]) from error
+            without = error.errno in NO_LOCKS  # some mounts of Lustre and NFS
+            reason = (
+                "is on a file system without locks (flock)"
+                if without
+                else f"cannot be written ({error.strerror})"
+            )
+            hint = "name another with --output_dir"
+            raise ConfigError([f"output_dir {self.path.parent} {reason}; {hint}"]) from error
         try:
             yield
         finally:
@@ -234,14 +246,15 @@ class RunFolder:
         """Tell whether the folder is absent, empty or a run's."""
         names = {path.name for path in self.path.iterdir()} if self.path.exists() else set()
         begun = any(name.startswith(".status.json.tmp-") for name in names)
-        return not names or begun or bool(names & OUR_FILES)
+        return not names or begun or "status.json" in names
 
     def _move_aside(self) -> None:
         """Keep an earlier run under another name, unless it ended before it had anything to keep."""
         if not self.path.exists():
             return
-        if {path.name for path in self.path.iterdir()} <= OUR_FILES | {"STOP"}:
-            shutil.rmtree(self.path)
+        if {path.name for path in self.path.iterdir()} <= EMPTY_RUN:
+            for path in sorted(self.path.iterdir(), key=lambda path: path.name == "status.json"):
+                path.unlink()
             return
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
