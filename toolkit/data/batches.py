@@ -116,7 +116,7 @@ def _pack(
 ) -> dict[str, Any]:
     """Lay sequences one after the other, and fill up to one of few sizes.
 
-    The filling, 3 % on average, is cut into sequences like any others, because a kernel may rely on
+    The filling, 2 % on average, is cut into sequences like any others, because a kernel may rely on
     `longest`; empty ones, which cost next to nothing, make up the rest of the bounds to one of few sizes.
     """
     used, total = len(tokens), filled(len(tokens))
