@@ -14,7 +14,7 @@ from toolkit.experiments import slurm, status
 from toolkit.experiments.commands import main
 from toolkit.experiments.states import read_state
 from toolkit.experiments.sweep import load, runs
-from toolkit.files import lock
+from toolkit.files import lock, lock_path
 from toolkit.record.journal import RunFolder
 
 
@@ -75,12 +75,12 @@ def test_who_writes_in_a_folder(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     write_run(folder.path, "running")
     assert not folder.in_use()
-    assert not lock_path(folder).exists()
+    assert not lock_path(folder.path).exists()
     with folder.claim():
-        lock_path(folder).chmod(0o444)
+        lock_path(folder.path).chmod(0o444)
         assert folder.in_use()
     assert not folder.in_use()
-    with lock_path(folder).open("rb") as file:
+    with lock_path(folder.path).open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_SH)  # another one asks at this moment
         assert not folder.in_use()
 
@@ -89,7 +89,7 @@ def test_folders_that_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.Monke
     """On a file system without locks: signs of life tell, and nobody may write."""
     folder = RunFolder(tmp_path / "run")
     write_run(folder.path, "running")
-    lock_path(folder).touch()
+    lock_path(folder.path).touch()
 
     def refuse(*_: Any) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
@@ -103,10 +103,6 @@ def test_folders_that_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.Monke
         pass
     with pytest.raises(OSError, match="not implemented"), lock(tmp_path / "cache"):
         pass
-
-
-def lock_path(folder: RunFolder) -> Path:
-    return folder.path.with_name(".run.lock")
 
 
 def test_the_next_morning(

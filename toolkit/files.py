@@ -25,7 +25,12 @@ def lock_file(target: Path) -> FileLock:
 
     Otherwise filelock 4.2 would take the file's existence for the lock, which outlives a killed process.
     """
-    return FileLock(target.with_name(f".{target.name}.lock"), fallback_to_soft=False)
+    return FileLock(lock_path(target), fallback_to_soft=False)
+
+
+def lock_path(target: Path) -> Path:
+    """Return where the lock of `target` is."""
+    return target.with_name(f".{target.name}.lock")
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.bench.peers import rows_of
 from toolkit.config import RunConfig, parse
 from toolkit.console import say
 from toolkit.prepare import prepare_data
@@ -41,6 +40,8 @@ def trainer(seed: int, folder: Path, config: RunConfig) -> float:
         Trainer,
         TrainingArguments,
     )
+
+    from tests.bench.peers import rows_of
 
     tokens, encoder = prepare_data(config)
     torch.manual_seed(seed)

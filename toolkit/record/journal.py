@@ -29,7 +29,15 @@ from filelock import FileLock, Timeout
 
 from toolkit.console import complain, say
 from toolkit.errors import CheckpointError, ConfigError
-from toolkit.files import facts_in, lock_file, publish_folder, sync, write_json, write_text
+from toolkit.files import (
+    facts_in,
+    lock_file,
+    lock_path,
+    publish_folder,
+    sync,
+    write_json,
+    write_text,
+)
 from toolkit.record.checkpoints import clear_unfinished, set_newer_aside, steps_in
 from toolkit.redact import redact_values
 
@@ -72,7 +80,7 @@ class RunFolder:
         """Tell whether another process is writing here."""
         try:
             # a shared lock needs no right to write, so other users may ask, too
-            with open(lock_file(self.path).lock_file, "rb") as file:
+            with open(lock_path(self.path), "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except FileNotFoundError:
             return False
