@@ -11,11 +11,11 @@ from toolkit.model import products
 
 HEADS, UNITS = 4, 8
 LENGTHS = {
-    "alike": [16, 16, 32],
-    "a window reaches over its neighbours": [5, 40, 17, 31, 3],
+    "without filling": [32, 32, 64],
+    "with filling": [5, 40, 17, 31, 3],
+    "more than a group": [20, 31, 1, 40, 19, 18, 17, 32, 30, 16, 11],
     "one token each": [1, 1, 1, 61],
     "empty ones": [20, 0, 0, 28],
-    "shorter than a window": [3, 4],
     "one": [48],
 }
 
@@ -58,14 +58,20 @@ def test_results_and_gradients(lengths: list[int], dtype: torch.dtype, tolerance
     assert relative(joint.grad, exact.grad) < tolerance
 
 
-def test_scores_are_fp32_in_bf16() -> None:
-    """They would be wrong by 0.1 here, and weights by a tenth."""
+def test_bf16_is_as_exact_as_torchs_own() -> None:
+    """By its products, as `attn_implementation="eager"` has them; where scores are large, it matters."""
     joint, bounds = make_joint([24, 40, 9], torch.float32)
     with torch.no_grad():
         joint[:, 0] *= 20
-    rounded = joint.detach().bfloat16().requires_grad_()
-    expected = attend_with_torch(rounded.detach().float(), bounds)
-    assert relative(products.attend(rounded, bounds, 0.3), expected) < 4e-3
+    rounded = joint.detach().bfloat16()
+    expected = attend_with_torch(rounded.float(), bounds)
+    stock = []
+    for start, end in pairwise(bounds.tolist()):
+        query, key, value = (part.transpose(0, 1) for part in rounded[start:end].unbind(1))
+        weight = (query @ key.mT * 0.3).softmax(-1, dtype=torch.float32).bfloat16()
+        stock.append((weight @ value).transpose(0, 1))
+    found = products.attend(rounded, bounds, 0.3)
+    assert relative(found, expected) < relative(torch.cat(stock), expected)
 
 
 def test_autocast_leaves_scores_in_fp32() -> None:
@@ -76,16 +82,25 @@ def test_autocast_leaves_scores_in_fp32() -> None:
 
 
 def test_sizes_of_products_are_few() -> None:
-    """Whatever the lengths and wherever a sequence lies, also at the end of a pack."""
-    lengths = [*range(1, 257), *range(256, 0, -1)]
+    """Whatever the lengths; and no sequence is forgotten."""
+    lengths = [*range(257), *range(256, 0, -1)]
     bounds = torch.tensor([0, *lengths]).cumsum(0)
-    found = products.windows(bounds, int(bounds[-1]))
-    assert len(found) == 512
-    assert {window.tokens.stop - window.tokens.start for window in found} == set(range(16, 257, 16))
-    for sequence, tokens, inside in found:
-        assert tokens.stop <= bounds[-1]
-        assert tokens.start + inside.start == sequence.start
-        assert tokens.start + inside.stop == sequence.stop
+    found = products.group(bounds, int(bounds[-1]))
+    assert {group.width for group in found} == set(range(32, 257, 32))
+    assert max(len(group.sequences) for group in found) == 4
+    for group in found:
+        assert all(group.width - 32 < length <= group.width for length in group.lengths)
+    sequences = sorted((piece.start, piece.stop) for group in found for piece in group.sequences)
+    assert sequences == [pair for pair in pairwise(bounds.tolist()) if pair[0] < pair[1]]
+    assert len(sequences) == 512
+
+
+def test_what_is_not_finite_stays_in_its_review() -> None:
+    joint, bounds = make_joint([24, 20, 19], torch.float32)
+    with torch.no_grad():
+        joint[24:44] = float("nan")
+    found = products.attend(joint, bounds, 0.3)
+    assert found.isnan().any(2).any(1).tolist() == [False] * 24 + [True] * 20 + [False] * 19
 
 
 def test_tokens_of_no_sequence_are_refused() -> None:

@@ -1,8 +1,7 @@
 """Self-attention within each sequence of a packed micro-batch; padded ones go through BERT's own.
 
-A GPU has kernels for that (`toolkit.model.kernels`), which need bf16. Elsewhere one sequence follows the
-other: on a CPU, where all tokens ask and there is a backward pass, by `toolkit.model.products`, else by
-torch's attention.
+A GPU has kernels for that (`toolkit.model.kernels`), which need bf16; a CPU takes matrix products where
+all tokens ask (`toolkit.model.products`). Else one sequence follows the other through torch's attention.
 
 Shapes: S rows of L tokens each, or T packed tokens in S sequences, N of which ask; D features, P parts
 of a product, H heads, K units a head. `bounds` (S + 1,) int32 cuts the packed tokens into sequences.
@@ -99,7 +98,7 @@ def attend(
         inputs = first_SHK, joint_TPHK, query_bounds, bounds
         attended_NHK, _ = kernels.attend(*inputs, most, longest, scaling)
         return attended_NHK
-    if first_SHK is None and joint_TPHK.requires_grad and joint_TPHK.device.type == "cpu":
+    if first_SHK is None and joint_TPHK.device.type == "cpu":
         return products.attend(joint_TPHK, bounds, scaling)
     *queries, key, value = joint_TPHK.unbind(1)
     query = queries[0] if first_SHK is None else first_SHK

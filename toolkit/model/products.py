@@ -1,37 +1,63 @@
-"""Attention and its gradient as matrix products, all heads of one packed sequence at a time.
+"""Attention and its gradient as matrix products, of all heads of a few packed sequences at a time.
 
-On a CPU torch's own takes longer with its backward pass: half as long again for reviews of 100 tokens in
-bf16, three times as long for 512 (torch 2.13, tests/bench/NOTES.md). Weights are kept for the backward
-pass, a number for each head and two tokens of a review; torch's keeps fp32 copies of its inputs and works
-weights out again. Scores and their softmax are in fp32, all else is in the precision of the inputs.
+On a CPU torch's own takes half as long again and more, forward and backward (torch 2.13,
+tests/bench/NOTES.md). Weights are kept for the backward pass, a number for each head and two tokens of a
+review; torch's keeps fp32 copies of its inputs and works weights out again. All is in the inputs'
+precision; within products and softmax, sums are in fp32.
 
-Shapes: T packed tokens, S sequences, L tokens of one, W of the window around it; H heads, K units a head.
+Shapes: T packed tokens, S sequences, N of a group, W tokens of its longest, filling included; P parts of
+a product, H heads, K units a head, M = N x H.
 """
 
+from collections import defaultdict
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-UNIT = 16
-"""Tokens: oneDNN makes a kernel for each size of a product in bf16, so sizes have to be few."""
+UNIT, MOST = 32, 4
+"""Tokens, and sequences of a group: sizes have to be few. oneDNN makes kernels for each size in bf16,
+which take 2.5 ms once and 4 MB for good (torch 2.13)."""
 
 
-class Window(NamedTuple):
-    """A sequence, and the few more tokens around it that make its size one of few."""
+class Group:
+    """Sequences of like length, which make one product."""
 
-    sequence: slice
-    """Of the pack."""
-    tokens: slice
-    """Of the pack, too."""
-    inside: slice
-    """The sequence, of the window's tokens. All others have weights of zero."""
+    def __init__(self, sequences: list[slice], width: int) -> None:
+        """Group these of the pack.
+
+        Args:
+            sequences: N of them.
+            width: W, which none exceeds.
+        """
+        self.sequences, self.width = sequences, width
+        self.lengths = [sequence.stop - sequence.start for sequence in sequences]
+
+    def gather(self, x_TPHK: Tensor) -> Tensor:
+        """Return (P, M, W, K) of the sequences, zeros behind each."""
+        _, parts, heads, units = x_TPHK.shape
+        x_PNHWK = x_TPHK.new_zeros(parts, len(self.sequences), heads, self.width, units)
+        for n, (sequence, length) in enumerate(zip(self.sequences, self.lengths, strict=True)):
+            x_PNHWK[:, n, :, :length] = x_TPHK[sequence].permute(1, 2, 0, 3)
+        return x_PNHWK.flatten(1, 2)
+
+    def scatter(self, x_PMWK: Tensor, into_TPHK: Tensor) -> None:
+        """Copy the sequences back to their places in the pack."""
+        x_PNHWK = x_PMWK.unflatten(1, (len(self.sequences), -1))
+        for n, (sequence, length) in enumerate(zip(self.sequences, self.lengths, strict=True)):
+            into_TPHK[sequence] = x_PNHWK[:, n, :, :length].permute(2, 0, 1, 3)
+
+    def hide_filling(self, scores_MWW: Tensor) -> None:
+        """Give no weight to the tokens behind each sequence."""
+        scores_NHWW = scores_MWW.unflatten(0, (len(self.sequences), -1))
+        for n, length in enumerate(self.lengths):
+            scores_NHWW[n, :, :, length:] = float("-inf")
 
 
-def windows(bounds: Tensor, tokens: int) -> list[Window]:
-    """Return the windows of all sequences that are not empty.
+def group(bounds: Tensor, tokens: int) -> list[Group]:
+    """Return all sequences that are not empty.
 
     Args:
         bounds: (S + 1,) cuts the packed tokens into sequences.
@@ -39,15 +65,15 @@ def windows(bounds: Tensor, tokens: int) -> list[Window]:
     """
     edges = bounds.tolist()
     assert (edges[0], edges[-1]) == (0, tokens), "each token has to belong to a sequence"
-    found = []
+    alike = defaultdict(list)
     for start, end in pairwise(edges):
-        if start == end:
-            continue
-        width = min(-(-(end - start) // UNIT) * UNIT, tokens)
-        first = min(start, tokens - width)
-        inside = slice(start - first, end - first)
-        found.append(Window(slice(start, end), slice(first, first + width), inside))
-    return found
+        if start < end:
+            alike[-(-(end - start) // UNIT) * UNIT].append(slice(start, end))
+    return [
+        Group(sequences[first : first + MOST], width)
+        for width, sequences in alike.items()
+        for first in range(0, len(sequences), MOST)
+    ]
 
 
 class Products(torch.autograd.Function):
@@ -63,51 +89,50 @@ class Products(torch.autograd.Function):
             bounds: (S + 1,) cuts the packed tokens into sequences.
             scaling: of the products of queries and keys.
         """
-        query, key, value = joint_T3HK.unbind(1)
-        query, key = query.float() * scaling, key.float()
-        attended_THK = joint_T3HK.new_empty(value.shape)
-        ctx.windows, ctx.scaling = windows(bounds, len(joint_T3HK)), scaling
-        weights = []
-        for sequence, tokens, inside in ctx.windows:
-            scores_HLL = torch.bmm(_heads(query[sequence]), _heads(key[sequence]).mT)
-            window_HWK = _heads(value[tokens])
-            width = window_HWK.shape[1]
-            weight_HWW = window_HWK.new_zeros(len(window_HWK), width, width)
-            weight_HWW[:, inside, inside] = scores_HLL.softmax(-1)
-            attended_THK[sequence] = _heads(torch.bmm(weight_HWW, window_HWK))[inside]
-            weights.append(weight_HWW)
-        ctx.save_for_backward(joint_T3HK, *weights)
-        return attended_THK
+        ctx.groups, ctx.scaling, ctx.shape = (
+            group(bounds, len(joint_T3HK)),
+            scaling,
+            joint_T3HK.shape,
+        )
+        attended_T1HK = torch.empty_like(joint_T3HK[:, :1])
+        kept = []
+        for these in ctx.groups:
+            query, key, value = joint_3MWK = these.gather(joint_T3HK)
+            # scaled before it is rounded
+            scores_MWW = torch.baddbmm(query.new_empty(()), query, key.mT, beta=0, alpha=scaling)
+            these.hide_filling(scores_MWW)
+            weight_MWW = scores_MWW.softmax(-1)
+            these.scatter(torch.bmm(weight_MWW, value).unsqueeze(0), attended_T1HK)
+            kept += [joint_3MWK, weight_MWW]
+        ctx.save_for_backward(*kept)
+        return attended_T1HK.squeeze(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         """Return the gradient of `joint_T3HK`."""
         [of_attended_THK] = gradients
-        joint_T3HK, *weights = ctx.saved_tensors
-        of_joint = torch.empty_like(joint_T3HK)
-        for (sequence, tokens, inside), weight_HWW in zip(ctx.windows, weights, strict=True):
-            query, key, value = (_heads(part) for part in joint_T3HK[tokens].unbind(1))
-            attended = _heads(of_attended_THK[tokens])
-            of_value = torch.bmm(weight_HWW.mT, attended)
-            of_weight = torch.bmm(attended, value.mT)
+        of_joint_T3HK = of_attended_THK.new_empty(ctx.shape)
+        kept = ctx.saved_tensors
+        for these, joint_3MWK, weight_MWW in zip(ctx.groups, kept[::2], kept[1::2], strict=True):
+            query, key, value = joint_3MWK
+            # zeros for filling, so that it adds nothing to any gradient
+            [of_attended] = these.gather(of_attended_THK.unsqueeze(1))
+            of_weight = torch.bmm(of_attended, value.mT)
             # torch 2.13 has no public name for it
-            of_scores = torch._softmax_backward_data(of_weight, weight_HWW, -1, weight_HWW.dtype)
-            of_scores *= ctx.scaling
-            of_query, of_key = torch.bmm(of_scores, key), torch.bmm(of_scores.mT, query)
-            for part, whole in enumerate((of_query, of_key, of_value)):
-                of_joint[sequence, part] = _heads(whole)[inside]
-        return of_joint, None, None
-
-
-def _heads(x: Tensor) -> Tensor:
-    """Exchange tokens and heads."""
-    return x.transpose(0, 1)
+            of_scores = torch._softmax_backward_data(of_weight, weight_MWW, -1, weight_MWW.dtype)
+            of_query, of_key, of_value = of_joint_3MWK = torch.empty_like(joint_3MWK)
+            torch.bmm(of_scores, key, out=of_query)
+            torch.bmm(of_scores.mT, query, out=of_key)
+            torch.bmm(weight_MWW.mT, of_attended, out=of_value)
+            of_joint_3MWK[:2] *= ctx.scaling
+            these.scatter(of_joint_3MWK, of_joint_T3HK)
+        return of_joint_T3HK, None, None
 
 
 @torch.compiler.disable  # each batch has other lengths
 def attend(joint_T3HK: Tensor, bounds: Tensor, scaling: float) -> Tensor:
     """Attend within each sequence, see `Products.forward`, in the inputs' precision."""
-    # autocast would compute scores in bf16
+    # autocast has nothing to do here
     with torch.autocast(joint_T3HK.device.type, enabled=False):
         return Products.apply(joint_T3HK, bounds, scaling)
