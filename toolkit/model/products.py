@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-UNIT, MOST = 32, 4
-"""Tokens, and sequences of a group: sizes have to be few. oneDNN makes kernels for each size in bf16,
-which take 2.5 ms once and 4 MB for good (torch 2.13)."""
+UNIT, UNIT_OF_BF16 = 8, 32
+"""Tokens that widths are multiples of. In bf16 sizes have to be few: oneDNN makes kernels for each size
+of a product, which take 2.5 ms once and 4 MB for good (torch 2.13)."""
+
+MOST = 4
+"""Sequences of a group."""
 
 
 class Group:
@@ -56,19 +59,20 @@ class Group:
             scores_NHWW[n, :, :, length:] = float("-inf")
 
 
-def group(bounds: Tensor, tokens: int) -> list[Group]:
+def group(bounds: Tensor, tokens: int, unit: int) -> list[Group]:
     """Return all sequences that are not empty.
 
     Args:
         bounds: (S + 1,) cuts the packed tokens into sequences.
         tokens: of the pack.
+        unit: what a group's width is a multiple of.
     """
     edges = bounds.tolist()
     assert (edges[0], edges[-1]) == (0, tokens), "each token has to belong to a sequence"
     alike = defaultdict(list)
     for start, end in pairwise(edges):
         if start < end:
-            alike[-(-(end - start) // UNIT) * UNIT].append(slice(start, end))
+            alike[-(-(end - start) // unit) * unit].append(slice(start, end))
     return [
         Group(sequences[first : first + MOST], width)
         for width, sequences in alike.items()
@@ -89,11 +93,9 @@ class Products(torch.autograd.Function):
             bounds: (S + 1,) cuts the packed tokens into sequences.
             scaling: of the products of queries and keys.
         """
-        ctx.groups, ctx.scaling, ctx.shape = (
-            group(bounds, len(joint_T3HK)),
-            scaling,
-            joint_T3HK.shape,
-        )
+        unit = UNIT_OF_BF16 if joint_T3HK.dtype == torch.bfloat16 else UNIT
+        ctx.groups = group(bounds, len(joint_T3HK), unit)
+        ctx.scaling, ctx.shape = scaling, joint_T3HK.shape
         attended_T1HK = torch.empty_like(joint_T3HK[:, :1])
         kept = []
         for these in ctx.groups:
