@@ -105,7 +105,8 @@ class Products(torch.autograd.Function):
             these.hide_filling(scores_MWW)
             weight_MWW = scores_MWW.softmax(-1)
             these.scatter(torch.bmm(weight_MWW, value).unsqueeze(0), attended_T1HK)
-            kept += [joint_3MWK, weight_MWW]
+            if ctx.needs_input_grad[0]:
+                kept += [joint_3MWK, weight_MWW]
         ctx.save_for_backward(*kept)
         return attended_T1HK.squeeze(1)
 
