@@ -85,7 +85,7 @@ def test_sizes_of_products_are_few() -> None:
     """Whatever the lengths; and no sequence is forgotten."""
     lengths = [*range(257), *range(256, 0, -1)]
     bounds = torch.tensor([0, *lengths]).cumsum(0)
-    found = products.group(bounds, int(bounds[-1]), products.UNIT_OF_BF16)
+    found = products.groups_of(bounds, int(bounds[-1]), products.UNIT_OF_BF16)
     assert {group.width for group in found} == set(range(32, 257, 32))
     assert max(len(group.sequences) for group in found) == 4
     for group in found:

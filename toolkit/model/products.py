@@ -59,7 +59,7 @@ class Group:
             scores_NHWW[n, :, :, length:] = float("-inf")
 
 
-def group(bounds: Tensor, tokens: int, unit: int) -> list[Group]:
+def groups_of(bounds: Tensor, tokens: int, unit: int) -> list[Group]:
     """Return all sequences that are not empty.
 
     Args:
@@ -94,17 +94,17 @@ class Products(torch.autograd.Function):
             scaling: of the products of queries and keys.
         """
         unit = UNIT_OF_BF16 if joint_T3HK.dtype == torch.bfloat16 else UNIT
-        ctx.groups = group(bounds, len(joint_T3HK), unit)
+        ctx.groups = groups_of(bounds, len(joint_T3HK), unit)
         ctx.scaling, ctx.shape = scaling, joint_T3HK.shape
         attended_T1HK = torch.empty_like(joint_T3HK[:, :1])
         kept = []
-        for these in ctx.groups:
-            query, key, value = joint_3MWK = these.gather(joint_T3HK)
+        for group in ctx.groups:
+            query, key, value = joint_3MWK = group.gather(joint_T3HK)
             # scaled before it is rounded
             scores_MWW = torch.baddbmm(query.new_empty(()), query, key.mT, beta=0, alpha=scaling)
-            these.hide_filling(scores_MWW)
+            group.hide_filling(scores_MWW)
             weight_MWW = scores_MWW.softmax(-1)
-            these.scatter(torch.bmm(weight_MWW, value).unsqueeze(0), attended_T1HK)
+            group.scatter(torch.bmm(weight_MWW, value).unsqueeze(0), attended_T1HK)
             if ctx.needs_input_grad[0]:
                 kept += [joint_3MWK, weight_MWW]
         ctx.save_for_backward(*kept)
@@ -117,10 +117,10 @@ class Products(torch.autograd.Function):
         [of_attended_THK] = gradients
         of_joint_T3HK = of_attended_THK.new_empty(ctx.shape)
         kept = ctx.saved_tensors
-        for these, joint_3MWK, weight_MWW in zip(ctx.groups, kept[::2], kept[1::2], strict=True):
+        for group, joint_3MWK, weight_MWW in zip(ctx.groups, kept[::2], kept[1::2], strict=True):
             query, key, value = joint_3MWK
             # zeros for filling, so that it adds nothing to any gradient
-            [of_attended] = these.gather(of_attended_THK.unsqueeze(1))
+            [of_attended] = group.gather(of_attended_THK.unsqueeze(1))
             of_weight = torch.bmm(of_attended, value.mT)
             # torch 2.13 has no public name for it
             of_scores = torch._softmax_backward_data(of_weight, weight_MWW, -1, weight_MWW.dtype)
@@ -129,13 +129,13 @@ class Products(torch.autograd.Function):
             torch.bmm(of_scores.mT, query, out=of_key)
             torch.bmm(weight_MWW.mT, of_attended, out=of_value)
             of_joint_3MWK[:2] *= ctx.scaling
-            these.scatter(of_joint_3MWK, of_joint_T3HK)
+            group.scatter(of_joint_3MWK, of_joint_T3HK)
         return of_joint_T3HK, None, None
 
 
 @torch.compiler.disable  # each batch has other lengths
 def attend(joint_T3HK: Tensor, bounds: Tensor, scaling: float) -> Tensor:
     """Attend within each sequence, see `Products.forward`, in the inputs' precision."""
-    # autocast has nothing to do here
+    # autocast would round fp32 inputs
     with torch.autocast(joint_T3HK.device.type, enabled=False):
         return Products.apply(joint_T3HK, bounds, scaling)
