@@ -16,6 +16,7 @@ LENGTHS = {
     "more than a group": [20, 31, 1, 40, 19, 18, 17, 32, 30, 16, 11],
     "one token each": [1, 1, 1, 61],
     "empty ones": [20, 0, 0, 28],
+    "narrower than any width": [3, 4],
     "one": [48],
 }
 
@@ -59,7 +60,7 @@ def test_results_and_gradients(lengths: list[int], dtype: torch.dtype, tolerance
 
 
 def test_bf16_is_as_exact_as_torchs_own() -> None:
-    """By its products, as `attn_implementation="eager"` has them; where scores are large, it matters."""
+    """By its products, as `attn_implementation="eager"` has them; scores are rounded, large ones by 0.1."""
     joint, bounds = make_joint([24, 40, 9], torch.float32)
     with torch.no_grad():
         joint[:, 0] *= 20
@@ -71,7 +72,7 @@ def test_bf16_is_as_exact_as_torchs_own() -> None:
         weight = (query @ key.mT * 0.3).softmax(-1, dtype=torch.float32).bfloat16()
         stock.append((weight @ value).transpose(0, 1))
     found = products.attend(rounded, bounds, 0.3)
-    assert relative(found, expected) < relative(torch.cat(stock), expected)
+    assert relative(found, expected) < min(1.2e-2, relative(torch.cat(stock), expected))
 
 
 def test_autocast_leaves_scores_in_fp32() -> None:
