@@ -60,7 +60,7 @@ def test_results_and_gradients(lengths: list[int], dtype: torch.dtype, tolerance
 
 
 def test_bf16_is_as_exact_as_torchs_own() -> None:
-    """By its products, as `attn_implementation="eager"` has them; scores are rounded, large ones by 0.1."""
+    """By its products, as `attn_implementation="eager"` has them: large scores are rounded by 0.1."""
     joint, bounds = make_joint([24, 40, 9], torch.float32)
     with torch.no_grad():
         joint[:, 0] *= 20
