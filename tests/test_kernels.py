@@ -2,7 +2,6 @@
 
 import json
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,19 +84,23 @@ def test_packs_need_what_triton_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not attention.has_fast_packing(gpu, "bf16")
 
 
-def test_a_gpus_compiler_takes_all_of_a_step(tiny_encoder: Path) -> None:
+def test_a_gpus_compiler_takes_all_of_a_step() -> None:
     """The kernels, and what Inductor writes, to which a constant of dropout's hash once was too large."""
     worker = ROOT / "tests" / "workers" / "compile_for_gpu.py"
     # where there is one, Inductor would write for it, and the kernels' stand-ins would not be asked
-    done = run_python(worker, tiny_encoder, PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
+    done = run_python(worker, PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
     built = json.loads(done.stdout.splitlines()[-1])
-    names = [name for name, *_ in built]
-    assert {(name, capability) for name, capability, _ in built} >= {
+    assert built["graphs"] == 2, "for two models, and not again for batches of another size"
+    names = [name for name, *_ in built["kernels"]]
+    assert {(name, capability) for name, capability, *_ in built["kernels"]} >= {
         (name, capability)
         for name in ("attend_kernel", "gradients_kernel")
         for capability in (80, 90)
     }
     assert sum(name.startswith("triton_") for name in names) > 35
     assert sum("bitwise_xor" in name for name in names) >= 5, "each dropout of two layers"
-    assert not [name for name, _, spilled in built if spilled]
+    assert not [name for name, _, spilled, _ in built["kernels"] if spilled]
+    at_a_time = [rows for *_, rows in built["kernels"] if rows]
+    assert len(at_a_time) >= 5, "LayerNorm's gradients, of two layers and the embeddings"
+    assert set(at_a_time) == {1}, "several rows would go through shared memory, ten times as slow"
