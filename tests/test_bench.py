@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench import __main__ as bench
-from tests.bench import gpu, report, steps
+from tests.bench import gpu, report, scoring, steps
 from tests.tiny import make_trainer
 from toolkit.data.cache import TokenSplit
 from toolkit.engine.loop import micro_batches
@@ -111,19 +111,39 @@ def test_step_times_are_shown(
     name: str, split: TokenSplit, tiny_encoder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     measure = steps.measure_ours if name == "ours" else steps.measure_peer
-    measure(name, 12, 10, tiny_encoder, split)
+    measure(name, [12, 8], 10, tiny_encoder, split)
     printed = capsys.readouterr().out.splitlines()  # the Trainer's own lines, too
-    [line] = [json.loads(line) for line in printed if line.startswith('{"contender"')]
-    assert line["contender"] == name
-    assert line["batch_size"] == 12
-    assert line["reviews_per_s"] == pytest.approx(12e3 / line["step_ms"], rel=1e-3)
+    lines = [json.loads(line) for line in printed if line.startswith('{"contender"')]
+    assert [(line["contender"], line["batch_size"]) for line in lines] == [(name, 12), (name, 8)]
+    for line in lines:
+        expected = line["batch_size"] * 1e3 / line["step_ms"]
+        assert line["reviews_per_s"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "at_once"), [("ours", "4096 tokens"), ("trainer_best", "3 rows")])
+def test_passes_are_shown(
+    name: str,
+    at_once: str,
+    split: TokenSplit,
+    tiny_encoder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(scoring, "make_split", lambda _, rows: steps.first_rows(split, rows))
+    flags = ["--rows=30", "--passes=2", "--eval_batch=3", f"--encoder={tiny_encoder}"]
+    scoring.main([name, *flags])
+    printed = capsys.readouterr().out.splitlines()
+    lines = [json.loads(line) for line in printed if line.startswith('{"contender"')]
+    assert [(line["contender"], line["at_once"]) for line in lines] == [(name, at_once)] * 2
+    for line in lines:
+        assert line["reviews_per_s"] == pytest.approx(30 / line["seconds"], abs=1)
 
 
 def test_a_peers_step_is_one_of_those_of_its_second_epoch(
     split: TokenSplit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(steps.PEERS, "trainer_best", lambda *_: {"seconds": 5.0, "padding": 0.25})
-    steps.measure_peer("trainer_best", 12, 10, Path(), split)
+    steps.measure_peer("trainer_best", [12], 10, Path(), split)
     shown = json.loads(capsys.readouterr().out)
     assert (shown["step_ms"], shown["reviews_per_s"], shown["padding"]) == (500, 24, 0.25)
 

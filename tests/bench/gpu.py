@@ -1,9 +1,10 @@
 """All that the goals ask of one GPU, in one command; what is asked for most comes first.
 
-    python -m tests.bench.gpu                  all; not yet run on a GPU: nobody knows how long it takes
-    python -m tests.bench.gpu steps tests      some of it
+    python -m tests.bench.gpu                  all; never yet run whole: nobody knows how long it takes
+    python -m tests.bench.gpu steps scores     some of it
 
 steps    of 1,024, 256 and 32 reviews, and the Trainer's of 32 (minutes: no data set, no hub)
+scores   passes over rows to be scored, and the Trainer's
 tests    of the CUDA path
 plan     what `toolkit plan` foresees, against runs
 peers    whole runs, of 32 beside every peer (bench-gpu-32.json) and of 1,024 (bench-gpu-1024.json)
@@ -30,24 +31,33 @@ from toolkit.console import say
 
 AMAZON_POLARITY = 3_600_000
 STEPS = (
-    ("ours_compiled", 1024),
-    ("ours_compiled", 256),
-    ("ours_compiled", 32),
-    ("trainer_best", 32),
-    ("ours", 32),
-    ("trainer_compiled", 32),
+    ("ours_compiled", "1024", "256", "32"),
+    ("trainer_best", "32"),
+    ("ours", "256", "32"),
+    ("trainer_compiled", "32"),
 )
 """What is most likely to fail, a peer's compilation, comes last."""
-TESTS = "--test_rows=12800"
-"""So many that a start, of workers or of a graph, is a small part."""
-FEW = ["--batch_size=32", "--rows=12800", TESTS, "--out=bench-gpu-32.json"]
-MANY = ["--batch_size=1024", "--rows=131072", TESTS, "--out=bench-gpu-1024.json", "--repeats=3"]
+SCORES = (
+    ("ours_compiled",),
+    ("trainer_best", "--eval_batch", "64", "256", "1024"),
+    ("ours",),
+)
+TESTS = ["--test_rows=51200", "--eval_batch=256"]
+"""So many that a start, of workers or of a graph, is a small part; and the Trainer's fastest batch."""
+FEW = ["--batch_size=32", "--rows=12800", *TESTS, "--out=bench-gpu-32.json"]
+MANY = ["--batch_size=1024", "--rows=131072", *TESTS, "--out=bench-gpu-1024.json", "--repeats=3"]
 
 
 def steps() -> None:
     """Time steps, each contender in a process of its own: what one leaves in memory slows another."""
-    for name, batch_size in STEPS:
-        _run("tests.bench.steps", name, str(batch_size))
+    for contender in STEPS:
+        _run("tests.bench.steps", *contender)
+
+
+def scores() -> None:
+    """Time passes over rows to be scored."""
+    for contender in SCORES:
+        _run("tests.bench.scoring", *contender)
 
 
 def tests() -> None:
@@ -73,6 +83,7 @@ def peers() -> None:
 
 PARTS: dict[str, Callable[[], None]] = {
     "steps": steps,
+    "scores": scores,
     "tests": tests,
     "plan": plan,
     "peers": peers,

@@ -11,6 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,14 +130,13 @@ def _finish_device() -> None:
         torch.cuda.synchronize()
 
 
-def trainer(
-    encoder: Path, train: TokenSplit, test: TokenSplit, options: argparse.Namespace, **settings: Any
-) -> Figures:
-    """Train and predict with the Hugging Face Trainer."""
+def make_trainer(
+    encoder: Path, rows: list[Row] | None, options: argparse.Namespace, **settings: Any
+) -> LongEpochsTrainer:
+    """Return the Hugging Face Trainer for these training rows; it predicts without any."""
     model = load(encoder, **settings.pop("model", {}))
-    clock, tests = Clock(), rows_of(test)
     multiple, length = settings.pop("multiple", 1), settings.pop("length", None)
-    peer = LongEpochsTrainer(
+    return LongEpochsTrainer(
         model=model,
         args=TrainingArguments(
             output_dir=str(options.folder),
@@ -151,25 +151,44 @@ def trainer(
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            logging_steps=log_every(len(train), options.batch_size),
+            logging_steps=log_every(len(rows), options.batch_size) if rows else 1,
             **settings,
         ),
-        train_dataset=rows_of(train),
+        train_dataset=rows,
         data_collator=collator(multiple, length),
-        callbacks=[clock],
     )
+
+
+def predict(peer: LongEpochsTrainer, rows: list[Row]) -> tuple[float, float]:
+    """Return what it took in seconds, and the accuracy."""
+    started = time.monotonic()
+    predicted = peer.predict(rows)
+    _finish_device()
+    seconds = time.monotonic() - started
+    right = predicted.predictions.argmax(-1) == predicted.label_ids
+    return seconds, float(np.mean(right))
+
+
+def trainer(
+    settings: Callable[[argparse.Namespace], dict[str, Any]],
+    encoder: Path,
+    train: TokenSplit,
+    test: TokenSplit,
+    options: argparse.Namespace,
+) -> Figures:
+    """Train and predict with the Hugging Face Trainer."""
+    peer = make_trainer(encoder, rows_of(train), options, **settings(options))
+    clock, tests = Clock(), rows_of(test)
+    peer.add_callback(clock)
     peer.train()
     logged = [line for line in peer.state.log_history if "loss" in line]
     losses = [line["loss"] for line in logged if line["epoch"] > 1]
-    started = time.monotonic()
-    predicted = peer.predict(tests)
-    _finish_device()
-    right = predicted.predictions.argmax(-1) == predicted.label_ids
+    eval_seconds, accuracy = predict(peer, tests)
     return {
         "seconds": clock.ends[2] - clock.ends[1],
-        "eval_seconds": time.monotonic() - started,
+        "eval_seconds": eval_seconds,
         "loss": statistics.mean(losses),
-        "accuracy": float(np.mean(right)),
+        "accuracy": accuracy,
         "padding": padding(train, peer.places),
     }
 
@@ -244,15 +263,18 @@ def tuned() -> dict[str, Any]:
     return {"model": {"attention_probs_dropout_prob": 0.0, **fastest}}
 
 
+TRAINERS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "run_classification": lambda options: {"length": options.max_length},
+    "trainer_dynamic": lambda options: {},
+    "trainer_best": lambda options: best_flags(),
+    "trainer_tuned": lambda options: best_flags(**tuned()),
+    "trainer_compiled": lambda options: best_flags(torch_compile=True),
+}
+"""Settings. `trainer_compiled` is for GPUs: on a CPU the lengths make it compile again and again."""
 PEERS: dict[str, Callable[..., Figures]] = {
-    "run_classification": lambda *a: trainer(*a, length=a[3].max_length),
-    "trainer_dynamic": lambda *a: trainer(*a),
-    "trainer_best": lambda *a: trainer(*a, **best_flags()),
-    "trainer_tuned": lambda *a: trainer(*a, **best_flags(**tuned())),
-    "trainer_compiled": lambda *a: trainer(*a, **best_flags(torch_compile=True)),
+    **{name: partial(trainer, settings) for name, settings in TRAINERS.items()},
     "accelerate_loop": accelerate_loop,
 }
-"""`trainer_compiled` is for GPUs: on a CPU the lengths make it compile again and again."""
 
 
 def main() -> None:

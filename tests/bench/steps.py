@@ -1,11 +1,11 @@
 """How long is one step? One process, no launcher, no data set: a model, and random tokens.
 
-    python -m tests.bench.steps ours_compiled 1024                        one line of JSON, on a GPU two
-    python -m tests.bench.steps ours 16 --encoder FOLDER                  not of BERT-base's shape
+    python -m tests.bench.steps ours_compiled 1024 256       a line of JSON for each size, on a GPU two
+    python -m tests.bench.steps ours 16 --encoder FOLDER     not of BERT-base's shape
 
 Rows have the lengths of Amazon Polarity. Of ours those steps count whose sizes were met twice before (a
 size is run, then captured, then replayed), and `step_ms` is their median; a peer's is the mean of its
-second epoch.
+second epoch. Ours is compiled once for all batch sizes.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -31,7 +31,7 @@ from toolkit.console import say
 from toolkit.data.batches import Batch
 from toolkit.data.cache import TokenCache, TokenSplit
 from toolkit.engine.loop import Progress, Trainer, Wants, micro_batches, train_step
-from toolkit.engine.memory import peak_bytes
+from toolkit.engine.memory import forget_peak, peak_bytes
 from toolkit.engine.runtime import Runtime
 from toolkit.model.classifier import ClassifierSpec, build_classifier
 from toolkit.run import make_trainer
@@ -41,6 +41,8 @@ CONTENDERS = (*OURS, *PEERS)
 MET = 2
 """How often a size is met before its steps count."""
 PROFILED = 5
+LONGEST = 8
+"""Kernels that are named."""
 TEST_ROWS = 64
 
 
@@ -96,23 +98,36 @@ def time_steps(trainer: Trainer, steps: int) -> Times:
     return Times(seconds, tokens, steps - len(seconds))
 
 
-def busy_seconds(trainer: Trainer, steps: int) -> tuple[float, float]:
-    """Return for how long of a step the GPU computes, under the profiler, and the step's tokens."""
+def kernel_times(trainer: Trainer, steps: int) -> tuple[dict[str, float], float]:
+    """Return ms of a step by kernel, the longest first, under the profiler; and the step's tokens."""
     kinds = torch.profiler.ProfilerActivity
     trainer = without_more(trainer, steps)
     progress, report = Progress(), None
     with torch.profiler.profile(activities=[kinds.CUDA]) as profile:
         for _ in range(steps):
             report = train_step(trainer, progress, Wants(), report)
-    on_gpu = (event for event in profile.events() if event.device_type == DeviceType.CUDA)
-    kernels = [event for event in on_gpu if not event.is_user_annotation]
-    busy = sum(event.self_device_time_total for event in kernels) / 1e6
-    return busy / steps, progress.recent.computed_tokens / steps
+    found: dict[str, float] = defaultdict(float)
+    for event in profile.events():
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            found[event.name] += event.self_device_time_total / 1e3 / steps
+    longest_first = dict(sorted(found.items(), key=lambda item: -item[1]))
+    return longest_first, progress.recent.computed_tokens / steps
 
 
-def measure_ours(name: str, batch_size: int, steps: int, encoder: Path, split: TokenSplit) -> None:
+def measure_ours(
+    name: str, batch_sizes: list[int], steps: int, encoder: Path, split: TokenSplit
+) -> None:
     """Print the figures of our steps."""
-    trainer = build(name, batch_size, encoder, split)
+    trainer = build(name, batch_sizes[0], encoder, split)
+    for batch_size in batch_sizes:
+        stream = replace(trainer.stream, batch_size=batch_size)
+        measure_size(name, replace(trainer, stream=stream), steps)
+
+
+def measure_size(name: str, trainer: Trainer, steps: int) -> None:
+    """Print the figures of steps of one batch size."""
+    batch_size, device = trainer.stream.batch_size, trainer.runtime.device
+    forget_peak(device)
     times = time_steps(trainer, steps)
     if not times.seconds:
         raise SystemExit(f"no size was met {MET} times before in {steps} steps: take more --steps")
@@ -121,23 +136,33 @@ def measure_ours(name: str, batch_size: int, steps: int, encoder: Path, split: T
     spread["mean_ms"] = statistics.mean(times.seconds) * 1e3
     counted = {"steps": len(times.seconds), "left_out": times.left_out}
     counted["tokens"] = round(statistics.median(times.tokens))
-    memory = peak_bytes(trainer.runtime.device) / 2**20
-    _show(name, batch_size, median, **spread, **counted, peak_MiB=memory)
+    _show(name, batch_size, median, **spread, **counted, peak_MiB=round(peak_bytes(device) / 2**20))
     if torch.cuda.is_available():
-        busy, tokens = busy_seconds(trainer, PROFILED)
-        say(json.dumps({"busy_ms": round(busy * 1e3, 3), "tokens": round(tokens)}))
+        kernels, tokens = kernel_times(trainer, PROFILED)
+        longest = {kernel[:80]: round(ms, 3) for kernel, ms in [*kernels.items()][:LONGEST]}
+        busy = {"busy_ms": round(sum(kernels.values()), 3), "tokens": round(tokens)}
+        say(json.dumps(busy | {"longest_ms": longest}))
 
 
-def measure_peer(name: str, batch_size: int, steps: int, encoder: Path, split: TokenSplit) -> None:
+def measure_peer(
+    name: str, batch_sizes: list[int], steps: int, encoder: Path, split: TokenSplit
+) -> None:
     """Print a peer's figures."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # as ours has
-    arrays = split.offsets[: TEST_ROWS + 1], split.labels[:TEST_ROWS], split.row_ids[:TEST_ROWS]
-    test = TokenSplit(split.tokens, *arrays)
-    settings = {"batch_size": batch_size, "eval_batch": TEST_ROWS, "max_length": split.longest}
-    with tempfile.TemporaryDirectory() as folder:
-        options = argparse.Namespace(folder=Path(folder), lr=5e-5, seed=0, **settings)
-        found = PEERS[name](encoder, split, test, options)
-    _show(name, batch_size, found["seconds"] / steps, steps=steps, padding=found["padding"])
+    test = first_rows(split, TEST_ROWS)
+    for batch_size in batch_sizes:
+        train = first_rows(split, batch_size * steps)
+        settings = {"batch_size": batch_size, "eval_batch": TEST_ROWS, "max_length": split.longest}
+        with tempfile.TemporaryDirectory() as folder:
+            options = argparse.Namespace(folder=Path(folder), lr=5e-5, seed=0, **settings)
+            found = PEERS[name](encoder, train, test, options)
+        _show(name, batch_size, found["seconds"] / steps, steps=steps, padding=found["padding"])
+
+
+def first_rows(split: TokenSplit, count: int) -> TokenSplit:
+    """Return the beginning of a split."""
+    cuts = split.offsets[: count + 1]
+    return TokenSplit(split.tokens, cuts, split.labels[:count], split.row_ids[:count])
 
 
 def _show(name: str, batch_size: int, seconds: float, **more: float) -> None:
@@ -153,18 +178,18 @@ def _show(name: str, batch_size: int, seconds: float, **more: float) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure one contender at one batch size."""
+    """Measure one contender at some batch sizes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("name", choices=CONTENDERS)
-    parser.add_argument("batch_size", type=int)
+    parser.add_argument("batch_sizes", type=int, nargs="+")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--encoder", type=Path, help="folder of a BERT; else BERT-base's shape")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         encoder = options.encoder or write_encoder(Path(folder) / "encoder")
-        split = make_split(Path(folder), options.batch_size * options.steps)
+        split = make_split(Path(folder), max(options.batch_sizes) * options.steps)
         measure = measure_ours if options.name in OURS else measure_peer
-        measure(options.name, options.batch_size, options.steps, encoder, split)
+        measure(options.name, options.batch_sizes, options.steps, encoder, split)
 
 
 if __name__ == "__main__":
