@@ -120,6 +120,16 @@ def test_step_times_are_shown(
         assert line["reviews_per_s"] == pytest.approx(expected, rel=1e-3)
 
 
+def test_a_trace_is_of_the_last_size(
+    split: TokenSplit, tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "trace.json"
+    steps.measure_ours("ours", [12, 8], 10, tiny_encoder, split, trace)
+    events = json.loads(trace.read_text())["traceEvents"]
+    names = Counter(event.get("name") for event in events)
+    assert names["Optimizer.step#AdamW.step"] == steps.PROFILED
+
+
 @pytest.mark.parametrize(("name", "at_once"), [("ours", "4096 tokens"), ("trainer_best", "3 rows")])
 def test_passes_are_shown(
     name: str,

@@ -18,10 +18,12 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, supported_activities
 
 from tests.bench.data import make_split
 from tests.bench.encoder import write_encoder
@@ -98,30 +100,43 @@ def time_steps(trainer: Trainer, steps: int) -> Times:
     return Times(seconds, tokens, steps - len(seconds))
 
 
-def kernel_times(trainer: Trainer, steps: int) -> tuple[dict[str, float], float]:
-    """Return ms of a step by kernel, the longest first, under the profiler; and the step's tokens."""
-    kinds = torch.profiler.ProfilerActivity
-    trainer = without_more(trainer, steps)
+def profiled(trainer: Trainer, activities: list[Any]) -> tuple[Any, Progress]:
+    """Take a few steps under the profiler."""
+    trainer = without_more(trainer, PROFILED)
     progress, report = Progress(), None
-    with torch.profiler.profile(activities=[kinds.CUDA]) as profile:
-        for _ in range(steps):
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(PROFILED):
             report = train_step(trainer, progress, Wants(), report)
+    return profile, progress
+
+
+def kernel_times(trainer: Trainer) -> tuple[dict[str, float], float]:
+    """Return ms of a step on the GPU by kernel, the longest first; and the step's tokens."""
+    profile, progress = profiled(trainer, [ProfilerActivity.CUDA])
     found: dict[str, float] = defaultdict(float)
     for event in profile.events():
         if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
-            found[event.name] += event.self_device_time_total / 1e3 / steps
+            found[event.name] += event.self_device_time_total / 1e3 / PROFILED
     longest_first = dict(sorted(found.items(), key=lambda item: -item[1]))
-    return longest_first, progress.recent.computed_tokens / steps
+    return longest_first, progress.recent.computed_tokens / PROFILED
 
 
 def measure_ours(
-    name: str, batch_sizes: list[int], steps: int, encoder: Path, split: TokenSplit
+    name: str,
+    batch_sizes: list[int],
+    steps: int,
+    encoder: Path,
+    split: TokenSplit,
+    trace: Path | None = None,
 ) -> None:
-    """Print the figures of our steps."""
+    """Print the figures of our steps; write a trace of the last size, if asked."""
     trainer = build(name, batch_sizes[0], encoder, split)
     for batch_size in batch_sizes:
-        stream = replace(trainer.stream, batch_size=batch_size)
-        measure_size(name, replace(trainer, stream=stream), steps)
+        trainer = replace(trainer, stream=replace(trainer.stream, batch_size=batch_size))
+        measure_size(name, trainer, steps)
+    if trace:
+        profile, _ = profiled(trainer, list(supported_activities()))
+        profile.export_chrome_trace(str(trace))
 
 
 def measure_size(name: str, trainer: Trainer, steps: int) -> None:
@@ -138,7 +153,7 @@ def measure_size(name: str, trainer: Trainer, steps: int) -> None:
     counted["tokens"] = round(statistics.median(times.tokens))
     _show(name, batch_size, median, **spread, **counted, peak_MiB=round(peak_bytes(device) / 2**20))
     if torch.cuda.is_available():
-        kernels, tokens = kernel_times(trainer, PROFILED)
+        kernels, tokens = kernel_times(trainer)
         longest = {kernel[:80]: round(ms, 3) for kernel, ms in [*kernels.items()][:LONGEST]}
         busy = {"busy_ms": round(sum(kernels.values()), 3), "tokens": round(tokens)}
         say(json.dumps(busy | {"longest_ms": longest}))
@@ -184,12 +199,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("batch_sizes", type=int, nargs="+")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--encoder", type=Path, help="folder of a BERT; else BERT-base's shape")
+    parser.add_argument("--trace", type=Path, help="of ours, steps of the last size: .json.gz")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         encoder = options.encoder or write_encoder(Path(folder) / "encoder")
         split = make_split(Path(folder), max(options.batch_sizes) * options.steps)
-        measure = measure_ours if options.name in OURS else measure_peer
-        measure(options.name, options.batch_sizes, options.steps, encoder, split)
+        given = options.name, options.batch_sizes, options.steps, encoder, split
+        if options.name in OURS:
+            measure_ours(*given, options.trace)
+        else:
+            measure_peer(*given)
 
 
 if __name__ == "__main__":
