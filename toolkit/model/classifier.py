@@ -168,6 +168,25 @@ class HeadClassifier(BertPreTrainedModel):
         return pooler(encoded.last_hidden_state.squeeze(0).unsqueeze(1))
 
 
+def set_up_inductor(width: int) -> None:
+    """Choose for packs of few sizes what Inductor, left alone, gets wrong on a GPU.
+
+    Args:
+        width: features of a token.
+    """
+    settings = torch._inductor.config.triton
+    # it complains of a CUDA graph for each size, which is what we want
+    settings.cudagraph_dynamic_shape_warn_limit = None
+    # One kernel sums LayerNorm's gradients by row and by column. Where it takes several rows at a time
+    # (of 512 units or less, and of any if compiled for 67,584 tokens or more) sums go through shared
+    # memory: on an H100 that took 13.5 of a step's 46 ms, 12 more than it has to (torch 2.11; 2.13 writes
+    # the same, tests/bench/NOTES.md)
+    settings.mix_order_reduction = width > 512
+    settings.mix_order_reduction_split_size = 16
+    # small batches would have other kernels: a minute of compiling anew, in an epoch's last step, say
+    settings.mix_order_reduction_non_strict_mode = True
+
+
 @dataclass(frozen=True)
 class ClassifierSpec:
     """What a user said about the model. The fields are those of `RunConfig`."""
@@ -243,22 +262,3 @@ def _missing_weights(missing: set[str], encoder_folder: Path) -> list[str]:
             "the head. Expect to need more steps than with a checkpoint that has one."
         ]
     return []
-
-
-def set_up_inductor(width: int) -> None:
-    """Choose for packs of few sizes what Inductor, left alone, gets wrong on a GPU.
-
-    Args:
-        width: features of a token.
-    """
-    settings = torch._inductor.config.triton
-    # it complains of a CUDA graph for each size, which is what we want
-    settings.cudagraph_dynamic_shape_warn_limit = None
-    # One kernel sums LayerNorm's gradients by row and by column. Where it takes several rows at a time
-    # (of 512 units or less, and of any if compiled for 67,584 tokens or more) sums go through shared
-    # memory: on an H100 that took 13.5 of a step's 46 ms, 12 more than it has to (torch 2.11; 2.13 writes
-    # the same, tests/bench/NOTES.md)
-    settings.mix_order_reduction = width > 512
-    settings.mix_order_reduction_split_size = 16
-    # small batches would have other kernels: a minute of compiling anew, in an epoch's last step, say
-    settings.mix_order_reduction_non_strict_mode = True
