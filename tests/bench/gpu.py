@@ -10,7 +10,7 @@ plan     what `toolkit plan` foresees, against runs
 peers    whole runs, of 32 beside every peer (bench-gpu-32.json) and of 1,024 (bench-gpu-1024.json)
 
 The model has BERT-base's shape and random weights, so no hub is needed. Compiling takes a minute for each
-contender that does, `tests` 70 s, `plan` four minutes (an H100).
+contender that does, `tests` 70 s, `plan` about two minutes for a size (an H100).
 """
 
 import argparse
