@@ -15,6 +15,7 @@ from toolkit.model import attention
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOW = torch.bfloat16 if torch.cuda.is_available() else torch.float16
 """The interpreter multiplies the bits of bf16 numbers (Triton 3.8)."""
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 LENGTHS = [5, 64, 1, 130, 0, 65, 0]
 LONGEST = 133
 
@@ -84,14 +85,18 @@ def test_packs_need_what_triton_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not attention.has_fast_packing(gpu, "bf16")
 
 
-def test_a_gpus_compiler_takes_all_of_a_step() -> None:
-    """The kernels, and what Inductor writes, to which a constant of dropout's hash once was too large."""
+@pytest.fixture(scope="module")
+def built() -> dict[str, Any]:
+    """What compile_for_gpu.py says."""
     worker = ROOT / "tests" / "workers" / "compile_for_gpu.py"
     # where there is one, Inductor would write for it, and the kernels' stand-ins would not be asked
     done = run_python(worker, PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
-    built = json.loads(done.stdout.splitlines()[-1])
-    assert built["graphs"] == 2, "for two models, and not again for batches of another size"
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_gpus_compiler_takes_all_of_a_step(built: dict[str, Any]) -> None:
+    """The kernels, and what Inductor writes, to which a constant of dropout's hash once was too large."""
     names = [name for name, *_ in built["kernels"]]
     assert {(name, capability) for name, capability, *_ in built["kernels"]} >= {
         (name, capability)
@@ -101,6 +106,13 @@ def test_a_gpus_compiler_takes_all_of_a_step() -> None:
     assert sum(name.startswith("triton_") for name in names) > 35
     assert sum("bitwise_xor" in name for name in names) >= 5, "each dropout of two layers"
     assert not [name for name, _, spilled, _ in built["kernels"] if spilled]
+
+
+@pytest.mark.skipif(TORCH < (2, 13), reason="its Inductor cannot be told that a CPU is a GPU")
+def test_no_batch_has_a_kernel_go_through_shared_memory_or_all_compiled_again(
+    built: dict[str, Any],
+) -> None:
     at_a_time = [rows for *_, rows in built["kernels"] if rows]
     assert len(at_a_time) >= 5, "LayerNorm's gradients, of two layers and the embeddings"
-    assert set(at_a_time) == {1}, "several rows would go through shared memory, ten times as slow"
+    assert set(at_a_time) == {1}, "several rows would go through shared memory"
+    assert built["graphs"] == 2, "for two models, and not again for batches of another size"
