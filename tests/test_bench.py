@@ -3,6 +3,7 @@
 import json
 import subprocess
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,7 @@ def test_steps_count_when_their_sizes_were_met(split: TokenSplit, tiny_encoder: 
         for step in range(15)
     ]
     met, counted = Counter[tuple[int, ...]](), 0
-    for now, following in zip(every, [*every[1:], []], strict=True):
+    for now, following in pairwise(every):
         counted += all(met[size] >= 2 for size in now + following)
         met.update(now)
     times = steps.time_steps(trainer, 15)
@@ -111,7 +112,7 @@ def test_step_times_are_shown(
     name: str, split: TokenSplit, tiny_encoder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     measure = steps.measure_ours if name == "ours" else steps.measure_peer
-    measure(name, [12, 8], 10, tiny_encoder, split)
+    measure(name, [12, 8], 16, tiny_encoder, split)
     printed = capsys.readouterr().out.splitlines()  # the Trainer's own lines, too
     lines = [json.loads(line) for line in printed if line.startswith('{"contender"')]
     assert [(line["contender"], line["batch_size"]) for line in lines] == [(name, 12), (name, 8)]
@@ -124,7 +125,7 @@ def test_a_trace_is_of_the_last_size(
     split: TokenSplit, tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trace = tmp_path / "trace.json"
-    steps.measure_ours("ours", [12, 8], 10, tiny_encoder, split, trace)
+    steps.measure_ours("ours", [12, 8], 16, tiny_encoder, split, trace)
     events = json.loads(trace.read_text())["traceEvents"]
     names = Counter(event.get("name") for event in events)
     assert names["Optimizer.step#AdamW.step"] == steps.PROFILED

@@ -267,10 +267,12 @@ TRAINERS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "run_classification": lambda options: {"length": options.max_length},
     "trainer_dynamic": lambda options: {},
     "trainer_best": lambda options: best_flags(),
+    "trainer_best_in_bf16": lambda options: best_flags(bf16_full_eval=True),
     "trainer_tuned": lambda options: best_flags(**tuned()),
     "trainer_compiled": lambda options: best_flags(torch_compile=True),
 }
-"""Settings. `trainer_compiled` is for GPUs: on a CPU the lengths make it compile again and again."""
+"""Settings. `trainer_compiled` is for GPUs: on a CPU the lengths make it compile again and again.
+`trainer_best_in_bf16` scores with weights in bf16, which no other does."""
 PEERS: dict[str, Callable[..., Figures]] = {
     **{name: partial(trainer, settings) for name, settings in TRAINERS.items()},
     "accelerate_loop": accelerate_loop,

@@ -3,7 +3,8 @@
     python -m tests.bench.scoring ours_compiled                            a line of JSON for each pass
     python -m tests.bench.scoring trainer_best --eval_batch 64 256         rows that a peer scores at once
 
-The first pass loads kernels, compiles, or starts processes that load rows: a long one hides that.
+The first pass loads kernels or compiles. On a GPU the Trainer starts processes that load rows in each
+pass, which weighs in short ones.
 """
 
 import argparse
@@ -18,19 +19,22 @@ import torch
 from tests.bench.data import make_split
 from tests.bench.encoder import write_encoder
 from tests.bench.peers import TRAINERS, make_trainer, predict, rows_of
-from tests.bench.steps import OURS, build
+from tests.bench.steps import OURS, build, machine
 from toolkit.config import RunConfig
 from toolkit.console import say
 from toolkit.data.cache import TokenSplit
 from toolkit.engine.evaluate import evaluate
 from toolkit.run import evaluation_tokens
 
+BATCH = 16
+"""Of training, which plays no part."""
+
 
 def score_ours(
     name: str, split: TokenSplit, encoder: Path, options: argparse.Namespace
 ) -> Iterator[tuple[str, float]]:
     """Yield what was scored at once, and the seconds of a pass."""
-    trainer = build(name, options.eval_batch[0], encoder, split)
+    trainer = build(name, BATCH, encoder, split)
     tokens = options.eval_tokens or evaluation_tokens(RunConfig(), trainer.runtime)
     for _ in range(options.passes):
         found = evaluate(
@@ -65,17 +69,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--encoder", type=Path, help="folder of a BERT; else BERT-base's shape")
     options = parser.parse_args(arguments)
     score = score_ours if options.name in OURS else score_peer
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:
         encoder = options.encoder or write_encoder(Path(folder) / "encoder")
         split = make_split(Path(folder), options.rows)
         for at_once, seconds in score(options.name, split, encoder, options):
             rates = {"reviews_per_s": round(options.rows / seconds), "seconds": round(seconds, 6)}
-            say(
-                json.dumps(
-                    {"contender": options.name, "at_once": at_once, **rates, "device": device}
-                )
-            )
+            say(json.dumps({"contender": options.name, "at_once": at_once} | rates | machine()))
 
 
 if __name__ == "__main__":

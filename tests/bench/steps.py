@@ -57,7 +57,7 @@ class Times:
     tokens: list[int]
     """The same, filling included."""
     left_out: int
-    """Steps with a size that was new."""
+    """Steps with a size that was new, and the last."""
 
 
 def build(name: str, batch_size: int, encoder: Path, split: TokenSplit) -> Trainer:
@@ -90,7 +90,8 @@ def time_steps(trainer: Trainer, steps: int) -> Times:
     dealt = [sizes(micro_batches(trainer, step)) for step in range(steps)]
     seconds, tokens, report = [], [], None
     for now, following in pairwise([*dealt, []]):
-        counts = all(met[size] >= MET for size in (*now, *following))  # a GPU begins the next, too
+        # a GPU begins the next, too; there is none behind the last
+        counts = bool(following) and all(met[size] >= MET for size in (*now, *following))
         met.update(now)
         started = time.perf_counter()
         report = train_step(trainer, progress, Wants(), report)
@@ -154,7 +155,7 @@ def measure_size(name: str, trainer: Trainer, steps: int) -> None:
     _show(name, batch_size, median, **spread, **counted, peak_MiB=round(peak_bytes(device) / 2**20))
     if torch.cuda.is_available():
         kernels, tokens = kernel_times(trainer)
-        longest = {kernel[:80]: round(ms, 3) for kernel, ms in [*kernels.items()][:LONGEST]}
+        longest = [(round(ms, 3), kernel[:100]) for kernel, ms in [*kernels.items()][:LONGEST]]
         busy = {"busy_ms": round(sum(kernels.values()), 3), "tokens": round(tokens)}
         say(json.dumps(busy | {"longest_ms": longest}))
 
@@ -181,15 +182,19 @@ def first_rows(split: TokenSplit, count: int) -> TokenSplit:
 
 
 def _show(name: str, batch_size: int, seconds: float, **more: float) -> None:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     rates = {"step_ms": seconds * 1e3, "reviews_per_s": batch_size / seconds}
     figures = {key: round(value, 3) for key, value in (rates | more).items()}
-    say(
-        json.dumps(
-            {"contender": name, "batch_size": batch_size} | figures | {"device": device} | versions
-        )
-    )
+    say(json.dumps({"contender": name, "batch_size": batch_size} | figures | machine()))
+
+
+def machine() -> dict[str, str]:
+    """Return what figures are of."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "device": device,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -201,6 +206,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--encoder", type=Path, help="folder of a BERT; else BERT-base's shape")
     parser.add_argument("--trace", type=Path, help="of ours, steps of the last size: .json.gz")
     options = parser.parse_args(arguments)
+    if options.trace and options.name not in OURS:
+        parser.error(f"--trace is of ours; got {options.name}, allowed are {', '.join(OURS)}")
     with tempfile.TemporaryDirectory() as folder:
         encoder = options.encoder or write_encoder(Path(folder) / "encoder")
         split = make_split(Path(folder), max(options.batch_sizes) * options.steps)
