@@ -171,6 +171,8 @@ class HeadClassifier(BertPreTrainedModel):
 def set_up_inductor(width: int) -> None:
     """Choose for packs of few sizes what Inductor, left alone, gets wrong on a GPU.
 
+    It holds for all that this process compiles from now on.
+
     Args:
         width: features of a token.
     """
@@ -178,12 +180,11 @@ def set_up_inductor(width: int) -> None:
     # it complains of a CUDA graph for each size, which is what we want
     settings.cudagraph_dynamic_shape_warn_limit = None
     # One kernel sums LayerNorm's gradients by row and by column. Where it takes several rows at a time
-    # (of 512 units or less, and of any if compiled for 67,584 tokens or more) sums go through shared
-    # memory: on an H100 that took 13.5 of a step's 46 ms, 12 more than it has to (torch 2.11; 2.13 writes
-    # the same, tests/bench/NOTES.md)
+    # (of 512 units or less; of any if compiled for 67,584 tokens or more on an H100) sums go through
+    # shared memory: 13.5 of a step's 46 ms, where 1 to 3 are enough (torch 2.11, tests/bench/NOTES.md)
     settings.mix_order_reduction = width > 512
     settings.mix_order_reduction_split_size = 16
-    # small batches would have other kernels: a minute of compiling anew, in an epoch's last step, say
+    # small batches would have other kernels: half a minute of compiling, in an epoch's last step, say
     settings.mix_order_reduction_non_strict_mode = True
 
 
