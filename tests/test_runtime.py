@@ -1,9 +1,38 @@
 """What the environment may and may not change about the seam to Accelerate."""
 
+import sys
+
 import pytest
 import torch
 
+from tests.programs import ROOT, run_python
 from toolkit.engine.runtime import Runtime
+
+PAGE_FAULTS = """
+import resource, torch
+from toolkit.engine.runtime import Runtime
+Runtime("fp32", 1)
+for number in range(12):
+    if number == 2:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(5_000_000) for _ in range(4)]
+    del tensors
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+"""Of ten times 80 MB, which are 20,000 pages."""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="another C library")
+@pytest.mark.parametrize(
+    ("limits", "faults"),
+    [({}, range(2_000)), ({"MALLOC_TRIM_THRESHOLD_": "0"}, range(50_000, 10**6))],
+)
+def test_memory_of_tensors_is_kept_for_the_next_unless_told(
+    limits: dict[str, str], faults: range
+) -> None:
+    done = run_python("-c", PAGE_FAULTS, PYTHONPATH=str(ROOT), ACCELERATE_USE_CPU="true", **limits)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[-1]) in faults
 
 
 @pytest.mark.parametrize("said", ["True", "true", "1"])

@@ -34,6 +34,7 @@ from toolkit.data.batches import Batch
 from toolkit.data.hashing import key64
 from toolkit.engine.lookups import Lookups, embeddings
 from toolkit.engine.meeting import init_method
+from toolkit.engine.memory import keep_freed_memory
 from toolkit.engine.phases import Phases
 from toolkit.engine.replicas import MOMENTS, Replicas, State, set_updates, updates, whole_shape
 from toolkit.engine.zero import Zero
@@ -54,6 +55,7 @@ class Runtime:
         on_cpu = is_on_cpu()
         if on_cpu:
             torch.set_num_threads(cpu_threads or _fair_threads())
+            keep_freed_memory()
         self.precision = precision
         self.accelerator = _accelerator(on_cpu, rank_timeout)
         if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and not self.is_zero:
