@@ -181,7 +181,7 @@ def set_up_inductor(width: int) -> None:
     settings.cudagraph_dynamic_shape_warn_limit = None
     # One kernel sums LayerNorm's gradients by row and by column. Where it takes several rows at a time
     # (of 512 units or less; of any if compiled for 67,584 tokens or more on an H100) sums go through
-    # shared memory: 13.5 of a step's 46 ms, where 1 to 3 are enough (torch 2.11, tests/bench/NOTES.md)
+    # shared memory: 13.5 of a step's 46 ms; 1 to 3 should be left (torch 2.11, tests/bench/NOTES.md)
     settings.mix_order_reduction = width > 512
     settings.mix_order_reduction_split_size = 16
     # small batches would have other kernels: half a minute of compiling, in an epoch's last step, say
