@@ -137,13 +137,29 @@ def test_embeddings_that_are_not_only_looked_up() -> None:
         assert not gradient.any()
 
 
+def test_norm_is_of_the_whole_gradient(split, tiny_encoder: Path) -> None:
+    """Though of embeddings on a CPU the touched rows alone are read."""
+    trainer = make_trainer(split, tiny_encoder)
+    add_gradients(trainer, micro_batches(trainer, 0), 16)
+    gradients = [parameter.grad.flatten() for parameter in trainer.model.parameters()]
+    expected = torch.cat(gradients).norm()
+    torch.testing.assert_close(trainer.runtime.step(), expected, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_an_update_that_is_not_finite_is_left_out(bad: float, split, tiny_encoder: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["bert.embeddings.word_embeddings.weight", "bert.pooler.dense.weight"]
+)
+def test_an_update_that_is_not_finite_is_left_out(
+    bad: float, name: str, split, tiny_encoder: Path
+) -> None:
     trainer = make_trainer(split, tiny_encoder)
     train_step(trainer, Progress(), Wants())
     before = {name: copy.deepcopy(state) for name, state in trainer.runtime.state()}
-    add_gradients(trainer, micro_batches(trainer, 1), 16)
-    next(trainer.model.parameters()).grad[0, 0] = bad
+    [batch] = micro_batches(trainer, 1)
+    add_gradients(trainer, [batch], 16)
+    row = int(batch.input_ids[0, 0]) if "word" in name else 0  # one that the step looks up
+    trainer.model.get_parameter(name).grad[row, 0] = bad
     assert not trainer.runtime.step().isfinite()
     assert trainer.runtime.updates() == 1
     for name, state in trainer.runtime.state():

@@ -37,12 +37,16 @@ class Lookups:
     def average(self, total: Callable[[Tensor], Tensor], world_size: int) -> None:
         """Average the gradients over the ranks; `total` sums a tensor over them."""
         self.touched.copy_(total(self.touched))
-        rows = self._rows()
-        mine = [gradient[places] for gradient, places in zip(self.gradients, rows, strict=True)]
+        mine = self.touched_gradients()
         means = total(torch.cat([part.flatten() for part in mine])) / world_size
         parts = means.split([part.numel() for part in mine])
-        for gradient, places, part in zip(self.gradients, rows, parts, strict=True):
+        for gradient, places, part in zip(self.gradients, self._rows(), parts, strict=True):
             gradient[places] = part.view(len(places), -1)
+
+    def touched_gradients(self) -> list[Tensor]:
+        """Return copies of the rows that a step touched, of each layer; all others are zero."""
+        rows = self._rows()
+        return [gradient[places] for gradient, places in zip(self.gradients, rows, strict=True)]
 
     def clear(self) -> None:
         """Clear the gradients, and give them back to the weights if an optimizer took them away."""

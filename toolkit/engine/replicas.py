@@ -43,6 +43,8 @@ class Replicas:
         self.max_norm = max_norm
         self.ready = watch_gradients(self.plain)
         self.lookups = lookups
+        self.dense = [p for p in self.parameters if all(p is not w for w in lookups.weights)]
+        """Parameters whose whole gradient is read for the norm."""
         self.compiled = compiled
 
     def precision_plan(self) -> dict[str, str]:
@@ -99,8 +101,8 @@ class Replicas:
         """
         if self.lookups.weights and self.accelerator.num_processes > 1:
             self.lookups.average(self.accelerator.reduce, self.accelerator.num_processes)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        gradients = [p.grad for p in self.dense if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients + self.lookups.touched_gradients())
         optimizer: Any = self.optimizer
         # 1e-6 as in torch's own clipping, and DeepSpeed's
         optimizer.grad_scale = ((norm + 1e-6) / self.max_norm).clamp(min=1)

@@ -21,8 +21,8 @@ UNIT, UNIT_OF_BF16 = 8, 32
 """Tokens that widths are multiples of. In bf16 sizes have to be few: oneDNN makes kernels for each size
 of a product, which take 2.5 ms once and 4 MB for good (torch 2.13)."""
 
-MOST = 4
-"""Sequences of a group."""
+MOST, SHORT = 4, 512
+"""Sequences of a group; of short ones as many as have that many tokens together, filling included."""
 
 
 class Group:
@@ -73,11 +73,11 @@ def groups_of(bounds: Tensor, tokens: int, unit: int) -> list[Group]:
     for start, end in pairwise(edges):
         if start < end:
             alike[-(-(end - start) // unit) * unit].append(slice(start, end))
-    return [
-        Group(sequences[first : first + MOST], width)
-        for width, sequences in alike.items()
-        for first in range(0, len(sequences), MOST)
-    ]
+    groups = []
+    for width, sequences in alike.items():
+        most = max(MOST, SHORT // width)
+        groups += [Group(sequences[i : i + most], width) for i in range(0, len(sequences), most)]
+    return groups
 
 
 class Products(torch.autograd.Function):
