@@ -47,7 +47,7 @@ class KeyedDropout(nn.Module):
 
 
 def keep_mask(keys: Tensor, units: int, p: float, layer: int) -> Tensor:
-    """Return a boolean mask (..., units) that is True with probability 1 - p.
+    """Return an int32 mask (..., units) that is 1 with probability 1 - p, else 0.
 
     Two rounds of multiply and xor-shift, as in MurmurHash3's finaliser (Appleby, 2011), in wrapping
     int32 arithmetic, because torch has no unsigned one. `&` undoes the sign that `>>` drags along.
@@ -61,7 +61,8 @@ def keep_mask(keys: Tensor, units: int, p: float, layer: int) -> Tensor:
     bits *= _int32(0xCC9E2D51)
     bits ^= (bits >> 16) & 0xFFFF
     bits *= _int32(0xC2B2AE35)
-    return bits >= _int32(round(p * 2**32) - 2**31)
+    # not booleans: a CPU takes as long to make and convert them as for all of the above (torch 2.13)
+    return bits.ge_(_int32(round(p * 2**32) - 2**31))
 
 
 def _int32(number: int) -> int:
