@@ -2,14 +2,16 @@
 
 import json
 import subprocess
+from argparse import Namespace
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.bench import __main__ as bench
-from tests.bench import gpu, report, scoring, steps
+from tests.bench import gpu, peers, report, scoring, steps
 from tests.tiny import make_trainer
 from toolkit.data.cache import TokenSplit
 from toolkit.engine.loop import micro_batches
@@ -157,6 +159,22 @@ def test_a_peers_step_is_one_of_those_of_its_second_epoch(
     steps.measure_peer("trainer_best", [12], 10, Path(), split)
     shown = json.loads(capsys.readouterr().out)
     assert (shown["step_ms"], shown["reviews_per_s"], shown["padding"]) == (500, 24, 0.25)
+
+
+@pytest.mark.parametrize(("name", "sorts"), [("trainer_best", True), ("trainer_dynamic", False)])
+def test_a_peer_sorts_by_length_in_evaluation_too(
+    name: str, sorts: bool, split: TokenSplit, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    """As in epochs of 50 batches; without it, its evaluation would be a third as fast."""
+    options = Namespace(folder=tmp_path, lr=5e-5, batch_size=4, eval_batch=4, seed=0, max_length=64)
+    rows = peers.rows_of(split)
+    peer = peers.make_trainer(tiny_encoder, rows, options, **peers.TRAINERS[name](options))
+    for sampler in (peer._get_train_sampler(), peer._get_eval_sampler(rows)):
+        order = list(sampler)
+        assert sorted(order) == list(range(len(rows)))
+        lengths = np.array([len(rows[place]["input_ids"]) for place in order[: len(rows) // 4 * 4]])
+        padded = int((4 * lengths.reshape(-1, 4).max(1)).sum())
+        assert (padded < 1.1 * lengths.sum()) == sorts
 
 
 def test_a_part_that_fails_keeps_no_other_from_a_gpu(

@@ -1,6 +1,7 @@
 """What is planned follows from counts that can be checked, and fits what a run then takes."""
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,13 +11,14 @@ import torch
 
 from tests.bench.plan import planned
 from tests.programs import TRAIN, launcher, run_for_peak, run_python
+from tests.tiny import make_trainer
 from toolkit import plan as plan_module
 from toolkit import ranks as ranks_module
 from toolkit.data.cache import TokenSplit
 from toolkit.data.steps import Stream
 from toolkit.engine import estimate, memory
 from toolkit.engine.estimate import Activations
-from toolkit.engine.loop import LoopSpec, Trainer
+from toolkit.engine.loop import LoopSpec, Trainer, deal_slots, summed_loss
 from toolkit.engine.optim import OptimSpec
 from toolkit.plan import main
 from toolkit.ranks import RanksError
@@ -32,6 +34,29 @@ def test_what_a_forward_pass_keeps() -> None:
         return (hidden.exp() * hidden).sum()  # exp keeps its result, the product both
 
     assert estimate.saved_bytes(compute, [weight]) == 4 * (8 * 100 + 8 * 50 + 8 * 50)
+
+
+def test_activations_are_those_of_training(split: TokenSplit, tiny_encoder: Path) -> None:
+    """With dropout's masks, though a model that was just loaded drops nothing."""
+    trainer = make_trainer(split, tiny_encoder)
+    batch = deal_slots(trainer, trainer.stream.slots(0))[0]
+    expected = [
+        estimate.saved_bytes(
+            partial(summed_loss, trainer, batch), trainer.model.train(training).parameters()
+        )
+        for training in (True, False)
+    ]
+    assert expected[0] > 1.1 * expected[1]
+    assert estimate.activations(trainer).of(batch.computed_tokens) == pytest.approx(expected[0])
+
+
+def test_a_run_without_a_step_is_refused(
+    tiny_flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before any launch config is timed."""
+    monkeypatch.setattr(plan_module, "ask", None)
+    assert main([*tiny_flags, "--epochs=0.001"]) == 3
+    assert "not one step" in capsys.readouterr().err
 
 
 def test_state_of_each_distribution() -> None:

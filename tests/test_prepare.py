@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,17 @@ def test_tokens_are_those_of_the_tokenizer(
     text = describe(cache)
     assert "longer than 10 tokens" in text
     assert "train           108 rows" in text
+
+
+def test_a_tokenizer_without_a_first_token_is_refused(
+    tiny_data: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    """An empty text would be no sequence, and any other be judged by its first word."""
+    encoder = Path(shutil.copytree(tiny_encoder, tmp_path / "encoder"))
+    whole = json.loads((encoder / "tokenizer.json").read_text())
+    (encoder / "tokenizer.json").write_text(json.dumps(whole | {"post_processor": None}))
+    with pytest.raises(DataError, match=r"adds no \[CLS\]"):
+        build_cache(DataSpec(str(tiny_data)), encoder, tmp_path / "cache")
 
 
 def test_the_fingerprint_covers_what_matters(

@@ -13,7 +13,8 @@ from toolkit.data.cache import TokenCache
 from toolkit.data.prepare import DataSpec, prepare
 from toolkit.data.report import describe
 from toolkit.data.sources import open_source
-from toolkit.errors import ConfigError, ToolkitError
+from toolkit.data.steps import Stream
+from toolkit.errors import ConfigError, DataError, ToolkitError
 from toolkit.model.encoders import check_encoder, encoder_folder
 
 
@@ -39,6 +40,12 @@ def prepare_data(config: RunConfig) -> tuple[TokenCache, Path]:
     encoder = encoder_folder(config.encoder, config.encoder_revision, cache)
     check_encoder(encoder, config.max_length)
     return prepare(spec, source, encoder, cache), encoder
+
+
+def refuse_no_steps(config: RunConfig, tokens: TokenCache) -> None:
+    """Raise DataError if there is nothing to train."""
+    if part(Stream, config, num_rows=len(tokens.splits["train"])).num_steps == 0:
+        raise DataError([f"epochs ({config.epochs}) of these training rows are not one step"])
 
 
 def main(argv: list[str]) -> int:

@@ -26,10 +26,10 @@ from toolkit.console import complain, say
 from toolkit.data.cache import TokenCache
 from toolkit.data.report import describe
 from toolkit.data.steps import Stream
-from toolkit.errors import CheckpointError, ConfigError, DataError, Preempted, ToolkitError
+from toolkit.errors import CheckpointError, ConfigError, Preempted, ToolkitError
 from toolkit.imports import uncollected
 from toolkit.launcher import Turn, refuse_contradictions
-from toolkit.prepare import prepare_data
+from toolkit.prepare import prepare_data, refuse_no_steps
 from toolkit.record.checkpoints import Origin, choose, differences
 from toolkit.record.journal import RunFolder
 from toolkit.record.metrics import table
@@ -72,9 +72,7 @@ def start(config: RunConfig, turn: Turn, stop: Stop) -> int:
         refuse_contradictions(config)
         with stop.raising(), turn.in_order():
             tokens, encoder = prepare_data(config)
-        num_steps = part(Stream, config, num_rows=len(tokens.splits["train"])).num_steps
-        if num_steps == 0:
-            raise DataError([f"epochs ({config.epochs}) of these training rows are not one step"])
+        refuse_no_steps(config, tokens)
     except (ToolkitError, OSError) as error:
         # a library may have made something else of `Preempted`
         failure = Preempted() if stop.requested else error

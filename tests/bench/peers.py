@@ -83,10 +83,8 @@ class AsInLongEpochs(LengthGroupedSampler):
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, many, self.generator))
 
     @classmethod
-    def instead_of(cls, sampler: Any) -> Any:
-        """Return one in its place, if it sorts."""
-        if not isinstance(sampler, LengthGroupedSampler):
-            return sampler
+    def instead_of(cls, sampler: LengthGroupedSampler) -> "AsInLongEpochs":
+        """Return one in its place."""
         return cls(sampler.batch_size, lengths=sampler.lengths, generator=sampler.generator)
 
 
@@ -96,10 +94,15 @@ class LongEpochsTrainer(Trainer):
     places = 0
 
     def _get_train_sampler(self, *dataset: Any) -> Any:
-        return AsInLongEpochs.instead_of(super()._get_train_sampler(*dataset))
+        return self._sorting(super()._get_train_sampler(*dataset))
 
     def _get_eval_sampler(self, *dataset: Any) -> Any:
-        return AsInLongEpochs.instead_of(super()._get_eval_sampler(*dataset))
+        return self._sorting(super()._get_eval_sampler(*dataset))
+
+    def _sorting(self, sampler: Any) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return sampler
+        return AsInLongEpochs.instead_of(sampler)  # fails if it does not sort, in evaluation, too
 
     def training_step(
         self, model: Any, inputs: dict[str, torch.Tensor], *rest: Any, **more: Any

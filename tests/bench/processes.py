@@ -51,7 +51,11 @@ def main() -> None:
         for batch_size in options.batch_sizes:
             options.batch_size = batch_size
             names = ["cpu", *options.launches]
-            turns = [{name: rate(name, options) for name in names} for _ in range(options.repeats)]
+            turns: list[dict[str, float]] = []
+            for turn in range(options.repeats):
+                first = turn % len(names)  # nobody always comes after the same other
+                order = names[first:] + names[:first]
+                turns.append({name: rate(name, options) for name in order})
             shown: dict[str, Any] = {"batch_size": batch_size}
             shown["cpu"] = spread([turn["cpu"] for turn in turns])
             for name in options.launches:

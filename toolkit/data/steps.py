@@ -63,7 +63,7 @@ class Stream:
         return bool(crosses) or step == self.num_steps - 1
 
 
-@functools.lru_cache(maxsize=2)  # a step may span two epochs; 29 MB each for 3.6 M rows
+@functools.lru_cache(maxsize=2)  # most steps span two epochs at most; 29 MB each for 3.6 M rows
 def epoch_order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
     """Return the permutation of one epoch."""
     return shuffled(key64("epoch", seed, epoch), num_rows)
@@ -178,7 +178,7 @@ def cost(lengths: np.ndarray, padded: bool) -> int:
 
 
 def filled(tokens: int) -> int:
-    """Return the next of the few sizes of a pack, sixteen from one power of two to the next up to 65,536.
+    """Return the next of the few sizes of a pack: sixteen from a power of two to the next, but for ends.
 
     Every size costs something to meet: a captured CUDA graph, or on a CPU the kernels that oneDNN makes
     for it and keeps (torch 2.13: 400 MB for 100 sizes of MiniLM's products, and a sixth of the time).
@@ -187,7 +187,7 @@ def filled(tokens: int) -> int:
 
 
 def unit(tokens: int) -> int:
-    """Return the power of two, at most a sixteenth of this size, that such a size is a multiple of."""
+    """Return what such a size is a multiple of: a power of two, a sixteenth at most within its limits."""
     return min(MAX_UNIT, max(MIN_UNIT, 1 << max(0, (tokens // 16).bit_length() - 1)))
 
 

@@ -1,7 +1,8 @@
 """What a run needs, before it is started: memory of each rank, and time of a step.
 
-Counted from the model and the rows themselves: parameters, what a forward pass keeps for the
-backward pass, and how a step's rows are dealt to ranks. `python -m tests.bench.plan` holds it
+Measured by real steps where the device is at hand. For another one counted from the model and the rows:
+parameters, what a forward pass keeps for the backward pass (here: a CPU's attention keeps weights, a
+GPU's kernels do not), and how a step's rows are dealt to ranks. `python -m tests.bench.plan` holds it
 against runs.
 """
 
@@ -101,6 +102,7 @@ def saved_bytes(compute: Callable[[], Tensor], parameters: Iterable[Tensor]) -> 
 
 def activations(trainer: Trainer) -> Activations:
     """Measure a micro-batch of one step and one of a quarter of its rows; draw the line."""
+    trainer.model.train()  # with dropout's masks
     points = []
     for rows in (trainer.stream.batch_size, max(1, trainer.stream.batch_size // 4)):
         slots = trainer.stream.slots(0)[:rows]

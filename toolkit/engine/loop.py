@@ -8,7 +8,7 @@ dropout and rate; ranks and micro-batches only share the work. So weights, AdamW
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -384,5 +384,5 @@ def _figures(trainer: Trainer, progress: Progress, norm: float) -> dict[str, Any
 
 
 def _add(total: Totals, part: Totals) -> None:
-    for name in ("rows", "loss_sum", "tokens", "computed_tokens", "skipped", "seconds"):
+    for name in asdict(part):
         setattr(total, name, getattr(total, name) + getattr(part, name))

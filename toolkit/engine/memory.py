@@ -45,7 +45,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Give freed memory back and begin to look for the peak anew."""
+    """Begin to look for the peak anew; a CPU's freed memory is given back before."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -107,7 +107,7 @@ def attend(
 
 def has_kernel(x: Tensor) -> bool:
     """Tell whether there is a kernel for this."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and _gpu_has_kernels()
+    return x.is_cuda and x.dtype == torch.bfloat16 and _gpu_has_kernels()
 
 
 def has_fast_packing(device: torch.device, precision: str) -> bool:

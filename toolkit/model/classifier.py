@@ -206,7 +206,8 @@ def build_classifier(
 ) -> tuple[HeadClassifier, list[str]]:
     """Join a pretrained encoder and a new head, in fp32.
 
-    Attention dropout is 0 in every batching: the packed back ends have none.
+    Attention dropout is 0 in every batching: the packed back ends have none. Seeds torch's generator, and
+    silences transformers' own reports for good.
 
     Returns:
         The model, and warnings about what the checkpoint lacks.

@@ -49,8 +49,8 @@ class KeyedDropout(nn.Module):
 def keep_mask(keys: Tensor, units: int, p: float, layer: int) -> Tensor:
     """Return an int32 mask (..., units) that is 1 with probability 1 - p, else 0.
 
-    Two rounds of multiply and xor-shift, as in MurmurHash3's finaliser (Appleby, 2011), in wrapping
-    int32 arithmetic, because torch has no unsigned one. `&` undoes the sign that `>>` drags along.
+    Multiply, xor-shift, multiply, from MurmurHash3's finaliser (Appleby, 2011), in wrapping int32
+    arithmetic, because torch has no unsigned one. `&` undoes the sign that `>>` drags along.
     """
     layer_keys = keys ^ _int32((layer + 1) * 0x9E3779B9)
     # In int64: C++ may take it that a signed product never overflows. Of unit numbers, whose range it
