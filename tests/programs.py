@@ -24,8 +24,12 @@ def run_python(*arguments: str | Path, **environment: str) -> subprocess.Complet
 
 
 _WITH_PEAK = """
-import resource, subprocess, sys
-code = subprocess.call(sys.argv[2:])
+import ctypes, resource, signal, subprocess, sys
+def die_with_parent():
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+die_with_parent()
+code = subprocess.call(sys.argv[2:], preexec_fn=die_with_parent)
 with open(sys.argv[1], "w") as file:
     file.write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
 sys.exit(code)

@@ -2,6 +2,8 @@
 
 import json
 import subprocess
+import sys
+import time
 from argparse import Namespace
 from collections import Counter
 from itertools import pairwise
@@ -12,9 +14,10 @@ import pytest
 
 from tests.bench import __main__ as bench
 from tests.bench import gpu, peers, report, scoring, steps
+from tests.programs import ROOT
 from tests.tiny import make_trainer
 from toolkit.data.cache import TokenSplit
-from toolkit.engine.loop import micro_batches
+from toolkit.engine.trainer import micro_batches
 
 RATES = {"fp32": 1e9, "bf16": 2e9, "bytes_per_s": 1e10}
 
@@ -175,6 +178,27 @@ def test_a_peer_sorts_by_length_in_evaluation_too(
         lengths = np.array([len(rows[place]["input_ids"]) for place in order[: len(rows) // 4 * 4]])
         padded = int((4 * lengths.reshape(-1, 4).max(1)).sum())
         assert (padded < 1.1 * lengths.sum()) == sorts
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux tells a process of its parent's end"
+)
+def test_a_killed_benchmark_leaves_nobody(tmp_path: Path) -> None:
+    """What it had started would go on to compute beside the next one."""
+    note = tmp_path / "pid"
+    child = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    code = f"from tests.programs import run_for_peak; run_for_peak('-c', {child!r})"
+    bench = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    while not (note.exists() and note.read_text()):
+        assert bench.poll() is None
+        time.sleep(0.05)
+    bench.kill()
+    bench.wait()
+    for _ in range(200):
+        if not Path("/proc", note.read_text()).exists():
+            return
+        time.sleep(0.05)
+    pytest.fail("it is still there")
 
 
 def test_a_part_that_fails_keeps_no_other_from_a_gpu(

@@ -12,16 +12,10 @@ from tests.tiny import make_trainer
 from toolkit.config import RunConfig, part
 from toolkit.data.batches import Batch, make_batch
 from toolkit.data.cache import TokenSplit
-from toolkit.engine.loop import (
-    Progress,
-    Sums,
-    Wants,
-    _fetch_sums,
-    begin_step,
-    micro_batches,
-    train_step,
-)
 from toolkit.engine.runtime import Runtime
+from toolkit.engine.step import Sums, Wants, _fetch_sums, begin_step, train_step
+from toolkit.engine.totals import Progress
+from toolkit.engine.trainer import micro_batches
 from toolkit.model.classifier import ClassifierSpec, build_classifier
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -67,9 +67,19 @@ def test_a_step_with_fewer_rows_than_micro_batches(results: Path, world_size: in
 
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_evaluation_counts_every_row_once(results: Path, world_size: int) -> None:
-    """Invariant 3, for sizes around the number of ranks."""
-    report = json.loads((results / f"report-{world_size}.json").read_text())
-    assert report["evaluated"] == {str(n): n for n in (0, 1, 2, 3, 4, 23, 41)}
+    """Invariant 3, for sizes around the number of ranks: each has the score that one rank gives it."""
+    alone, shared = (
+        json.loads((results / f"report-{ranks}.json").read_text())["evaluated"]
+        for ranks in (1, world_size)
+    )
+    sizes = [0, 1, 2, 3, 4, 23, 41]
+    assert [*shared] == [str(size) for size in sizes]
+    for size in sizes:
+        expected, _ = alone[str(size)]
+        assert len(expected) == size
+        for scores in shared[str(size)]:  # packed, and padded
+            np.testing.assert_allclose(scores, expected, rtol=1e-5)
+    assert len(set(alone["41"][0])) > 20, "rows can be told apart"
 
 
 def test_the_reducer_is_gone_before_the_process_group(

@@ -18,8 +18,8 @@ from toolkit.data.cache import TokenSplit
 from toolkit.data.steps import Stream
 from toolkit.engine import estimate, memory
 from toolkit.engine.estimate import Activations
-from toolkit.engine.loop import LoopSpec, Trainer, deal_slots, summed_loss
 from toolkit.engine.optim import OptimSpec
+from toolkit.engine.trainer import LoopSpec, Trainer, deal_slots, summed_loss
 from toolkit.plan import main
 from toolkit.ranks import RanksError
 

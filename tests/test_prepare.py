@@ -113,7 +113,7 @@ def test_a_tokenizer_without_a_first_token_is_refused(
     encoder = Path(shutil.copytree(tiny_encoder, tmp_path / "encoder"))
     whole = json.loads((encoder / "tokenizer.json").read_text())
     (encoder / "tokenizer.json").write_text(json.dumps(whole | {"post_processor": None}))
-    with pytest.raises(DataError, match=r"adds no \[CLS\]"):
+    with pytest.raises(DataError, match=r"puts no \[CLS\]"):
         build_cache(DataSpec(str(tiny_data)), encoder, tmp_path / "cache")
 
 

@@ -10,7 +10,7 @@ from toolkit.data.prepare import DataSpec, prepare
 from toolkit.data.sources import open_source
 
 if TYPE_CHECKING:
-    from toolkit.engine.loop import Trainer
+    from toolkit.engine.trainer import Trainer
 
 POSITIVE = ["great", "love", "perfect", "excellent", "works", "good"]
 NEGATIVE = ["bad", "broken", "awful", "poor", "waste", "hate"]

@@ -31,7 +31,7 @@ from toolkit.ranks import LAUNCH_FOLDER, PROGRAMS, RanksError, ask
 
 if TYPE_CHECKING:
     from toolkit.engine.estimate import Activations, Kind, Rates
-    from toolkit.engine.loop import Trainer
+    from toolkit.engine.trainer import Trainer
 
 GIB = 2**30
 CUDA_BYTES = 1.0 * GIB

@@ -17,19 +17,13 @@ from toolkit.data.cache import TokenCache
 from toolkit.data.steps import Stream
 from toolkit.engine.checkpoint import read_moments, read_progress, read_weights
 from toolkit.engine.evaluate import Evaluation, evaluate
-from toolkit.engine.loop import (
-    Hooks,
-    LoopSpec,
-    Progress,
-    Totals,
-    Trainer,
-    Wants,
-    stand_in_loss,
-    train,
-)
+from toolkit.engine.loop import Hooks, train
 from toolkit.engine.memory import peak_bytes
 from toolkit.engine.optim import OptimSpec, build_optimizer
 from toolkit.engine.runtime import Runtime
+from toolkit.engine.step import Wants
+from toolkit.engine.totals import Progress, Totals
+from toolkit.engine.trainer import LoopSpec, Trainer, stand_in_loss
 from toolkit.engine.watchdog import Watchdog
 from toolkit.errors import CheckpointError, ConfigError, Preempted, ToolkitError
 from toolkit.model.attention import has_fast_packing
@@ -483,7 +477,7 @@ def _score(record: dict[str, Any], config: RunConfig) -> float:
 
 
 def _rate(prefix: str, result: Evaluation) -> dict[str, float]:
-    return {f"{prefix}/reviews_per_s": result.rows_seen / result.seconds}
+    return {f"{prefix}/reviews_per_s": len(result.scores) / result.seconds}
 
 
 def flatten(prefix: str, record: dict[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from toolkit.config import RunConfig
 from toolkit.console import complain
 from toolkit.engine.checkpoint import Checkpoints, read_progress
-from toolkit.engine.loop import Progress
 from toolkit.engine.runtime import Runtime
+from toolkit.engine.totals import Progress
 from toolkit.errors import CheckpointError
 from toolkit.record.checkpoints import Origin, prune
 from toolkit.record.journal import RunFolder

@@ -160,8 +160,7 @@ def take_turns(options: argparse.Namespace, tokens: TokenCache) -> list[report.T
     for seed in range(options.repeats):
         options.seed = seed
         turns.append({})
-        first = seed % len(options.only)  # nobody always comes after the same other
-        for name in options.only[first:] + options.only[:first]:
+        for name in report.order(options.only, seed):
             turns[-1][name] = measure(name, options, tokens)
             say(json.dumps({name: turns[-1][name]}))
     return turns

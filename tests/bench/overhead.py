@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from tests.bench.report import spread
+from tests.bench.report import order, spread
 from tests.programs import TRAIN
 from tests.wandb_server import serving
 from toolkit.console import say
@@ -105,9 +105,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         measure("none", Path(scratch))  # warm caches
         for turn in range(repeats):
-            first = turn % len(CASES)  # nobody always comes after the same other
-            order = [*CASES][first:] + [*CASES][:first]
-            turns.append({case: measure(case, Path(scratch)) for case in order})
+            turns.append({case: measure(case, Path(scratch)) for case in order([*CASES], turn)})
             say(json.dumps(turns[-1]))
         one_save = checkpoint_seconds(Path(scratch))
     shown: dict[str, Any] = {"checkpoint_seconds": one_save, "share": one_save / SAVE_SECONDS}

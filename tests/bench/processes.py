@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.__main__ import flags_of, prepare_encoder, shared_parser, write_reviews
-from tests.bench.report import spread
+from tests.bench.report import order, spread
 from tests.programs import TRAIN, launcher, run_for_peak
 from toolkit.console import say
 
@@ -53,9 +53,7 @@ def main() -> None:
             names = ["cpu", *options.launches]
             turns: list[dict[str, float]] = []
             for turn in range(options.repeats):
-                first = turn % len(names)  # nobody always comes after the same other
-                order = names[first:] + names[:first]
-                turns.append({name: rate(name, options) for name in order})
+                turns.append({name: rate(name, options) for name in order(names, turn)})
             shown: dict[str, Any] = {"batch_size": batch_size}
             shown["cpu"] = spread([turn["cpu"] for turn in turns])
             for name in options.launches:

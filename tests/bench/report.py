@@ -1,6 +1,8 @@
 """What came out of turns of several contenders: medians, ranges, our ratios to the others."""
 
+import random
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -25,6 +27,11 @@ FIGURES = {
 }
 Turn = dict[str, dict[str, float]]
 """Contender -> figure -> value."""
+
+
+def order(names: Sequence[str], turn: int) -> list[str]:
+    """Return all names in an order that is this turn's: nobody always comes after the same other."""
+    return random.Random(turn).sample(names, len(names))
 
 
 def summary(

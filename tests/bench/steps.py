@@ -32,9 +32,11 @@ from toolkit.config import RunConfig
 from toolkit.console import say
 from toolkit.data.batches import Batch
 from toolkit.data.cache import TokenCache, TokenSplit
-from toolkit.engine.loop import Progress, Trainer, Wants, micro_batches, train_step
 from toolkit.engine.memory import forget_peak, peak_bytes
 from toolkit.engine.runtime import Runtime
+from toolkit.engine.step import Wants, train_step
+from toolkit.engine.totals import Progress
+from toolkit.engine.trainer import Trainer, micro_batches
 from toolkit.model.classifier import ClassifierSpec, build_classifier
 from toolkit.run import make_trainer
 

@@ -16,8 +16,10 @@ from train_few_steps import build, hooks
 from toolkit.config import RunConfig, parse
 from toolkit.engine import runtime as distribution
 from toolkit.engine.lookups import embeddings
-from toolkit.engine.loop import Progress, Trainer, train
+from toolkit.engine.loop import train
 from toolkit.engine.runtime import Runtime
+from toolkit.engine.totals import Progress
+from toolkit.engine.trainer import Trainer
 
 CASES = {
     f"{head}-{precision}-{accum}": [f"--head={head}", f"--precision={precision}", f"--grad_accum={accum}"]

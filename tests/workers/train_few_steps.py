@@ -18,19 +18,12 @@ import torch
 from toolkit.config import RunConfig, parse, part
 from toolkit.data.steps import Stream
 from toolkit.engine.evaluate import evaluate
-from toolkit.engine.loop import (
-    Hooks,
-    LoopSpec,
-    Progress,
-    Trainer,
-    Wants,
-    micro_batches,
-    stand_in_loss,
-    train,
-    train_step,
-)
+from toolkit.engine.loop import Hooks, train
 from toolkit.engine.optim import OptimSpec, build_optimizer
 from toolkit.engine.runtime import Runtime
+from toolkit.engine.step import Wants, train_step
+from toolkit.engine.totals import Progress
+from toolkit.engine.trainer import LoopSpec, Trainer, micro_batches, stand_in_loss
 from toolkit.errors import DivergedError
 from toolkit.model.classifier import ClassifierSpec, build_classifier
 from toolkit.prepare import prepare_data
@@ -131,10 +124,10 @@ def clipped_norm(config: RunConfig, runtime: Runtime) -> float:
     return float(np.sqrt(sum((value.astype(np.float64) ** 2).sum() for value in gradient.values())))
 
 
-def count_evaluations(config: RunConfig, runtime: Runtime) -> dict[int, int]:
-    """Evaluate splits of awkward sizes; `evaluate` itself refuses rows seen twice or never."""
+def score(config: RunConfig, runtime: Runtime) -> dict[int, list[list[float]]]:
+    """Evaluate splits of awkward sizes, packed and padded; return their scores."""
     trainer = build(config, runtime)
-    found: dict[int, int] = {}
+    found: dict[int, list[list[float]]] = {}
     for size in EVALUATION_SIZES:
         split = trainer.train
         rows = np.arange(size)
@@ -144,12 +137,12 @@ def count_evaluations(config: RunConfig, runtime: Runtime) -> dict[int, int]:
             split.row_ids[rows],
         )
         part_ = type(split)(split.tokens, offsets, labels, row_ids)
-        for padded in (False, True):
-            result = evaluate(
-                runtime, runtime.unwrap(trainer.model), part_, max_tokens=64, padded=padded
-            )
-            assert len(result.scores) == size
-            assert found.setdefault(size, result.rows_seen) == result.rows_seen
+        model = runtime.unwrap(trainer.model)
+        passes = (
+            evaluate(runtime, model, part_, max_tokens=64, padded=padded)
+            for padded in (False, True)
+        )
+        found[size] = [result.scores.tolist() for result in passes]
     return found
 
 
@@ -200,7 +193,7 @@ def main() -> None:
         if runtime.is_main:
             np.savez(folder / f"{name}-{world_size}.npz", **result)
     report = {
-        "evaluated": count_evaluations(parse(flags), runtime),
+        "evaluated": score(parse(flags), runtime),
         "clipped_norm": clipped_norm(parse([*flags, "--max_grad_norm=0.01"]), runtime),
         "free_norm": clipped_norm(parse([*flags, "--max_grad_norm=inf"]), runtime),
         "poison": poison(parse([*flags, "--max_skipped=3"]), runtime),

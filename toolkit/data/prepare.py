@@ -77,6 +77,7 @@ def _inputs(spec: DataSpec, source: Source, tokenizer_folder: Path) -> dict[str,
 def _build(
     folder: Path, spec: DataSpec, source: Source, tokenizer_folder: Path, inputs: dict[str, Any]
 ) -> None:
+    tokenizer = load_tokenizer(tokenizer_folder)  # before all rows are read
     say(f"Preparing {spec.dataset}: reading and checking ...")
     checked = check(source, spec.bad_rows)
     selection = select(
@@ -86,7 +87,6 @@ def _build(
         validation_rows=spec.validation_rows,
         test_rows=spec.test_rows,
     )
-    tokenizer = load_tokenizer(tokenizer_folder)
     with publish_folder(folder) as aside:
         writer = TokenWriter(aside, tokenizer, spec.max_length)
         for name, split in checked.items():

@@ -18,7 +18,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """Load a fast tokenizer, with its own padding and truncation off.
 
     Raises:
-        DataError: when the folder has none, or one that adds nothing to a text.
+        DataError: when the folder has none, or one that puts no token before a text.
     """
     path = folder / "tokenizer.json"
     if not path.exists():
@@ -31,11 +31,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    if not tokenizer.encode("").ids:
+    if tokenizer.encode("a").special_tokens_mask[:1] != [1]:
         raise DataError(
             [
-                f"{path} adds no [CLS] and [SEP] to a text, so there is no first token to classify it "
-                "by; use the tokenizer that the encoder was trained with"
+                f"{path} puts no [CLS] before a text, so there is no token to classify it by; "
+                "use the tokenizer that the encoder was trained with"
             ]
         )
     return tokenizer

@@ -19,16 +19,10 @@ from torch import Tensor
 
 from toolkit.data.batches import make_batch
 from toolkit.data.steps import cost, runs_within
-from toolkit.engine.loop import (
-    Progress,
-    Trainer,
-    Wants,
-    deal_rows,
-    deal_slots,
-    summed_loss,
-    train_step,
-)
 from toolkit.engine.memory import forget_peak, peak_bytes
+from toolkit.engine.step import Wants, train_step
+from toolkit.engine.totals import Progress
+from toolkit.engine.trainer import Trainer, deal_rows, deal_slots, summed_loss
 
 FLOAT = 4
 SAMPLE_STEPS = 20

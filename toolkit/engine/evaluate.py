@@ -25,8 +25,6 @@ class Evaluation:
     """Mean cross-entropy; None without rows."""
     scores: np.ndarray
     """(N,) float32 probability of class 1, in the order of the split."""
-    rows_seen: int
-    """Rows that the ranks counted together; `evaluate` has checked that it is N."""
     seconds: float
 
 
@@ -76,7 +74,7 @@ def evaluate(
     loss = loss_sum.item() / len(split) if len(split) else None
     counts = _confusion(split.labels, scores.numpy())
     seconds = time.monotonic() - started
-    return Evaluation(counts, loss, scores.numpy(), int(seen.sum()), seconds)
+    return Evaluation(counts, loss, scores.numpy(), seconds)
 
 
 def _confusion(labels: np.ndarray, scores: np.ndarray) -> Confusion:

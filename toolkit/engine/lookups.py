@@ -37,10 +37,11 @@ class Lookups:
     def average(self, total: Callable[[Tensor], Tensor], world_size: int) -> None:
         """Average the gradients over the ranks; `total` sums a tensor over them."""
         self.touched.copy_(total(self.touched))
-        mine = self.touched_gradients()
+        rows = self._rows()
+        mine = [gradient[places] for gradient, places in zip(self.gradients, rows, strict=True)]
         means = total(torch.cat([part.flatten() for part in mine])) / world_size
         parts = means.split([part.numel() for part in mine])
-        for gradient, places, part in zip(self.gradients, self._rows(), parts, strict=True):
+        for gradient, places, part in zip(self.gradients, rows, parts, strict=True):
             gradient[places] = part.view(len(places), -1)
 
     def touched_gradients(self) -> list[Tensor]:

@@ -177,9 +177,9 @@ def attend(
         (N, H, K), zeros for queries without keys; and (H, N), the logarithms of softmax's sums.
     """
     out, sums = _empty(query, joint)
-    rest = query_bounds, key_bounds, len(out), scaling * LOG2_E
-    sizes = len(key_bounds) - 1, longest_query
-    _launch(attend_kernel, *sizes, query, joint, out, sums, *rest)
+    bounds = {"query_bounds": query_bounds, "key_bounds": key_bounds}
+    numbers = {"num_queries": len(out), "scale": scaling * LOG2_E}
+    _launch(attend_kernel, longest_query, query, joint, bounds, out=out, sums=sums, **numbers)
     return out, sums
 
 
@@ -204,13 +204,15 @@ def _attend_backward(
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """Return gradients of `query`, empty if there is none, and of `joint`."""
-    dquery, djoint = _empty_gradients(query, joint)
-    gradients = _parts(None if query is None else dquery, djoint)
-    tensors = *(x.contiguous() for x in (out, sums, gradient)), *gradients
-    rest = query_bounds, key_bounds, len(out), scaling * LOG2_E, scaling
-    sizes = len(key_bounds) - 1, max(longest_query, longest_key)
-    _launch(gradients_kernel, *sizes, query, joint, *tensors, *rest)
-    return dquery, djoint
+    of_query, of_joint = _empty_gradients(query, joint)
+    dquery, dkey, dvalue = _parts(None if query is None else of_query, of_joint)
+    bounds = {"query_bounds": query_bounds, "key_bounds": key_bounds}
+    results = {"out": out.contiguous(), "sums": sums.contiguous(), "dout": gradient.contiguous()}
+    gradients = {"dquery": dquery, "dkey": dkey, "dvalue": dvalue}
+    numbers = {"num_queries": len(out), "scale": scaling * LOG2_E, "scaling": scaling}
+    longest = max(longest_query, longest_key)
+    _launch(gradients_kernel, longest, query, joint, bounds, **results, **gradients, **numbers)
+    return of_query, of_joint
 
 
 @_attend_backward.register_fake
@@ -219,11 +221,17 @@ def _empty_gradients(query: Tensor | None, joint: Tensor, *rest: Any) -> tuple[T
 
 
 def _launch(
-    kernel: Any, sequences: int, longest: int, query: Tensor | None, joint: Tensor, *rest: Any
+    kernel: Any,
+    longest: int,
+    query: Tensor | None,
+    joint: Tensor,
+    bounds: dict[str, Tensor],
+    **rest: Tensor | float,
 ) -> None:
-    """Start a program for each block, head and sequence; the kernel gets `rest` after its inputs."""
+    """Start a program for each block, head and sequence; all arguments are the kernel's by name."""
     assert all(x.is_contiguous() for x in (query, joint) if x is not None), "`_tile` counts on it"
     _, parts, heads, units = joint.shape
+    sequences = len(bounds["key_bounds"]) - 1
     blocks = triton.cdiv(longest, TILES["BLOCK"])
     row = heads * units
     layout = {
@@ -234,9 +242,9 @@ def _launch(
         "HEADS": heads,
         "BLOCKS": blocks,
     }
+    inputs = dict(zip(("query", "key", "value"), _parts(query, joint), strict=True))
     with torch.cuda.device_of(joint):
-        start = kernel[(sequences * heads * blocks,)]
-        start(*_parts(query, joint), *rest, **layout, **TILES)
+        kernel[(sequences * heads * blocks,)](**inputs, **bounds, **rest, **layout, **TILES)
 
 
 def _parts(query: Tensor | None, joint: Tensor) -> tuple[Tensor, Tensor, Tensor]:
