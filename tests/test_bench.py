@@ -45,6 +45,16 @@ def test_ratios_are_of_one_turn() -> None:
     assert found["ours / it, peak_MiB"] == {"median": 0.5, "min": 0.5, "max": 0.5}
 
 
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_nobody_always_comes_after_the_same_other(count: int) -> None:
+    names = [str(number) for number in range(count)]
+    turns = [report.order(names, turn) for turn in range(2 * count)]
+    assert all(sorted(turn) == names for turn in turns)
+    assert {turn[0] for turn in turns} == set(names)
+    for one, next_one in zip(turns[::2], turns[1::2], strict=True):
+        assert not set(pairwise(one)) & set(pairwise(next_one))
+
+
 def test_share_is_of_what_one_does_at_the_rate_of_its_precision() -> None:
     found = summarize([turn(4000, 2000)])
     assert found["ours"]["share"]["median"] == pytest.approx(4000 * 1e5 / 2e9)

@@ -51,9 +51,10 @@ def main() -> None:
         for batch_size in options.batch_sizes:
             options.batch_size = batch_size
             names = ["cpu", *options.launches]
-            turns: list[dict[str, float]] = []
-            for turn in range(options.repeats):
-                turns.append({name: rate(name, options) for name in order(names, turn)})
+            turns = [
+                {name: rate(name, options) for name in order(names, number)}
+                for number in range(options.repeats)
+            ]
             shown: dict[str, Any] = {"batch_size": batch_size}
             shown["cpu"] = spread([turn["cpu"] for turn in turns])
             for name in options.launches:

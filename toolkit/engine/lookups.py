@@ -38,7 +38,7 @@ class Lookups:
         """Average the gradients over the ranks; `total` sums a tensor over them."""
         self.touched.copy_(total(self.touched))
         rows = self._rows()
-        mine = [gradient[places] for gradient, places in zip(self.gradients, rows, strict=True)]
+        mine = self._at(rows)
         means = total(torch.cat([part.flatten() for part in mine])) / world_size
         parts = means.split([part.numel() for part in mine])
         for gradient, places, part in zip(self.gradients, rows, parts, strict=True):
@@ -46,8 +46,7 @@ class Lookups:
 
     def touched_gradients(self) -> list[Tensor]:
         """Return copies of the rows that a step touched, of each layer; all others are zero."""
-        rows = self._rows()
-        return [gradient[places] for gradient, places in zip(self.gradients, rows, strict=True)]
+        return self._at(self._rows())
 
     def clear(self) -> None:
         """Clear the gradients, and give them back to the weights if an optimizer took them away."""
@@ -55,6 +54,9 @@ class Lookups:
             gradient[rows] = 0
             weight.grad = gradient
         self.touched.zero_()
+
+    def _at(self, rows: list[Tensor]) -> list[Tensor]:
+        return [gradient[places] for gradient, places in zip(self.gradients, rows, strict=True)]
 
     def _rows(self) -> list[Tensor]:
         """Return the numbers of the touched rows of each layer."""

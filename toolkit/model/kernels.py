@@ -177,9 +177,11 @@ def attend(
         (N, H, K), zeros for queries without keys; and (H, N), the logarithms of softmax's sums.
     """
     out, sums = _empty(query, joint)
-    bounds = {"query_bounds": query_bounds, "key_bounds": key_bounds}
-    numbers = {"num_queries": len(out), "scale": scaling * LOG2_E}
-    _launch(attend_kernel, longest_query, query, joint, bounds, out=out, sums=sums, **numbers)
+    inputs = query, joint, query_bounds, key_bounds
+    rows, scale = len(out), scaling * LOG2_E
+    _launch(
+        attend_kernel, longest_query, *inputs, out=out, sums=sums, num_queries=rows, scale=scale
+    )
     return out, sums
 
 
@@ -206,12 +208,21 @@ def _attend_backward(
     """Return gradients of `query`, empty if there is none, and of `joint`."""
     of_query, of_joint = _empty_gradients(query, joint)
     dquery, dkey, dvalue = _parts(None if query is None else of_query, of_joint)
-    bounds = {"query_bounds": query_bounds, "key_bounds": key_bounds}
-    results = {"out": out.contiguous(), "sums": sums.contiguous(), "dout": gradient.contiguous()}
-    gradients = {"dquery": dquery, "dkey": dkey, "dvalue": dvalue}
-    numbers = {"num_queries": len(out), "scale": scaling * LOG2_E, "scaling": scaling}
-    longest = max(longest_query, longest_key)
-    _launch(gradients_kernel, longest, query, joint, bounds, **results, **gradients, **numbers)
+    inputs = query, joint, query_bounds, key_bounds
+    _launch(
+        gradients_kernel,
+        max(longest_query, longest_key),
+        *inputs,
+        out=out.contiguous(),
+        sums=sums.contiguous(),
+        dout=gradient.contiguous(),
+        dquery=dquery,
+        dkey=dkey,
+        dvalue=dvalue,
+        num_queries=len(out),
+        scale=scaling * LOG2_E,
+        scaling=scaling,
+    )
     return of_query, of_joint
 
 
@@ -225,13 +236,14 @@ def _launch(
     longest: int,
     query: Tensor | None,
     joint: Tensor,
-    bounds: dict[str, Tensor],
+    query_bounds: Tensor,
+    key_bounds: Tensor,
     **rest: Tensor | float,
 ) -> None:
-    """Start a program for each block, head and sequence; all arguments are the kernel's by name."""
+    """Start a program for each block, head and sequence; the kernel gets `rest` besides its inputs."""
     assert all(x.is_contiguous() for x in (query, joint) if x is not None), "`_tile` counts on it"
     _, parts, heads, units = joint.shape
-    sequences = len(bounds["key_bounds"]) - 1
+    sequences = len(key_bounds) - 1
     blocks = triton.cdiv(longest, TILES["BLOCK"])
     row = heads * units
     layout = {
@@ -243,8 +255,9 @@ def _launch(
         "BLOCKS": blocks,
     }
     inputs = dict(zip(("query", "key", "value"), _parts(query, joint), strict=True))
+    inputs |= {"query_bounds": query_bounds, "key_bounds": key_bounds}
     with torch.cuda.device_of(joint):
-        kernel[(sequences * heads * blocks,)](**inputs, **bounds, **rest, **layout, **TILES)
+        kernel[(sequences * heads * blocks,)](**inputs, **rest, **layout, **TILES)
 
 
 def _parts(query: Tensor | None, joint: Tensor) -> tuple[Tensor, Tensor, Tensor]:
