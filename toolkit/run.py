@@ -16,6 +16,7 @@ from toolkit.console import complain, say
 from toolkit.data.cache import TokenCache
 from toolkit.data.steps import Stream
 from toolkit.engine.checkpoint import read_moments, read_progress, read_weights
+from toolkit.engine.cores import Cores
 from toolkit.engine.evaluate import Evaluation, evaluate
 from toolkit.engine.loop import Hooks, train
 from toolkit.engine.memory import peak_bytes
@@ -188,8 +189,11 @@ class Run:
         bar = TrainingProgress(
             trainer.stream.num_steps, self.progress.step, enabled=self.runtime.is_main
         )
+        # a GPU's host and ranks wait for others as it is
+        on_cpu_alone = self.runtime.device.type == "cpu" and self.runtime.world_size == 1
+        self.cores = Cores(torch.get_num_threads() if on_cpu_alone else 1)
         with bar as self.bar:
-            hooks = Hooks(self.wants, bar.update, self.on_log, self.on_eval, self.on_save)
+            hooks = Hooks(self.wants, self.on_step, self.on_log, self.on_eval, self.on_save)
             totals = train(trainer, hooks, self.progress)
         del trainer
         self.score_test(totals)
@@ -331,6 +335,12 @@ class Run:
     def wants(self) -> Wants:
         """Say what this rank wants besides training."""
         return Wants(stop=self.stop.requested, save=self.runtime.is_main and self.saving.is_due)
+
+    def on_step(self, step: int) -> None:
+        """Show that a step is done, and what slows it down."""
+        self.bar.update(step)
+        if complaint := self.cores.complaint():
+            self.bar.note(complaint)
 
     def on_log(self, step: int, values: dict[str, Any]) -> None:
         """Record training figures."""
