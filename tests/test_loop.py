@@ -208,7 +208,7 @@ def test_steps_that_are_timed_leave_none_begun(
     monkeypatch.setattr(Runtime, "begins_ahead", True)
     trainer = make_trainer(split, tiny_encoder)
     calls = note_calls(trainer, monkeypatch)
-    estimate._run_steps(trainer, 3)
+    estimate._run_steps(trainer, 3, compiled=False)
     begun = [call for call in calls if call.startswith("begin")]
     assert len(begun) == calls.count("update") == estimate.WARM_STEPS + estimate.TIMED_STEPS
 

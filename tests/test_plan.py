@@ -1,6 +1,7 @@
 """What is planned follows from counts that can be checked, and fits what a run then takes."""
 
 import re
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -8,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from tests.bench.plan import planned
 from tests.programs import TRAIN, launcher, run_for_peak, run_python
@@ -94,8 +96,16 @@ def test_stated_rates() -> None:
     rates = estimate.stated(300, 2000, flops, 110_000_000)
     assert rates.per_token == pytest.approx(524e6 / 300e12, rel=0.001)
     assert rates.fixed == pytest.approx(28 * 110e6 / 2e12)
-    assert estimate.communication_bytes("replicas", 110_000_000, 8) == 4 * 110e6 * 2 * 7 / 8
-    assert estimate.communication_bytes("replicas", 110_000_000, 1) == 0
+
+
+def test_what_ranks_send() -> None:
+    """ZeRO-2 and 3 cut gradients, so they cannot wait for the last micro-batch."""
+    once = 4 * 110e6 * 2 * 7 / 8
+    sent = partial(estimate.communication_bytes, parameters=110_000_000, micro_batches=3)
+    kinds: tuple[estimate.Kind, ...] = ("replicas", "zero1", "zero2", "zero2_offload", "zero3")
+    found = {kind: sent(kind, ranks=8) / once for kind in kinds}
+    assert found == {"replicas": 1, "zero1": 1, "zero2": 3, "zero2_offload": 3, "zero3": 4.5}
+    assert sent("replicas", ranks=1) == 0
 
 
 def test_memory_is_as_planned(tmp_path: Path, shared_cache: Path) -> None:
@@ -183,6 +193,51 @@ def test_a_stated_rate_starts_nothing(
     assert "ms*" in rows[1]
 
 
+def test_a_sweep_costs_what_its_own_runs_do(
+    tiny_flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With the flags that were given, but for those that it varies; of one machine, if that is a CPU."""
+    monkeypatch.setattr(plan_module, "rehearse", lambda *_: {})
+    found: list[Any] = []
+    plain = plan_module.costs
+
+    def costs(runs: list[Any], rate: float) -> list[Any]:
+        found[:] = [(run.config.head, run.config.lr, run.config.train_rows) for run in runs]
+        return plain(runs, rate)
+
+    monkeypatch.setattr(plan_module, "costs", costs)
+    sweep = tmp_path / "sweep.yaml"
+    parameters = {"head": {"values": ["v2", "v3"]}, "lr": {"value": 1e-3}}
+    sweep.write_text(
+        yaml.safe_dump({"program": "toolkit/train.py", "method": "grid", "parameters": parameters})
+    )
+    flags = [*tiny_flags, "--lr", "1e-4", "--train_rows=64", "--launches=ddp"]
+    flags += ["--head=v1", "--price=3600000", f"--sweep={sweep}"]
+    assert main(flags) == 0
+    assert found == [("v2", 1e-4, 64), ("v3", 1e-4, 64)]
+    said = capsys.readouterr().out
+    assert "2 runs" in said
+    steps, number = re.findall(r"([\d.]+) ms", said), re.search(r"(\d+) steps of", said)
+    prices = re.findall(r"^cpu2?.yaml .* ([\d.]+)$", said, re.MULTILINE)
+    assert number
+    for price, milliseconds in zip(prices, steps[-2:], strict=True):
+        training = int(number[1]) * float(milliseconds)
+        assert training < float(price) < 2 * training, "scoring included, and one machine paid for"
+
+
+def test_a_compiled_run_has_no_zero_to_plan(
+    tiny_flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*tiny_flags, "--tflops=1", "--compile", "--precision=bf16"]
+    assert main(flags) == 0
+    said = capsys.readouterr().out
+    assert re.findall(r"^(\w+)\.yaml", said, re.MULTILINE) == ["gpu", "ddp"]
+    assert "DeepSpeed runs no compiled model" in said
+
+
 def test_a_device_that_is_not_here_gets_its_own_micro_batches(
     tiny_flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,18 +262,77 @@ def test_memory_follows_the_micro_batch(
     stream = Stream(num_rows=640, batch_size=64, epochs=1, seed=0)
     trainer = Trainer(*(cast(Any, None),) * 3, split, stream, False, LoopSpec(**flags), OptimSpec())
 
-    def steps(single: Trainer, rows: int) -> tuple[float, float, float]:
-        spec = single.spec
-        assert (spec.grad_accum, spec.max_tokens) == (1, None)
-        return 10.0 * rows, 0.5 + 10 * rows * 0.001, 7_000 + 300 + 10 * rows * 50
+    def steps(one: Trainer, rows: int, compiled: bool) -> tuple[float, float, float]:
+        assert compiled
+        number = estimate.work(one, 1).micro_batches if rows == 64 else 1
+        if one is not trainer:
+            assert (one.spec.grad_accum, one.spec.max_tokens) == (1, None)
+        seconds = 0.2 + 0.3 * number + 10 * rows * 0.001
+        return 10.0 * rows, seconds, 7_000 + 300 + 10 * rows * 50
 
     monkeypatch.setattr(estimate, "_run_steps", steps)
-    rates, kept = estimate.measure(trainer, standing=7_000)
+    rates, kept = estimate.measure(trainer, standing=7_000, compiled=True)
     assert rates.fixed == pytest.approx(0.5)
     assert rates.per_token == pytest.approx(0.001)
-    largest = estimate.work(trainer, 1).largest
-    assert largest == {"grad_accum": 160, "max_tokens": 160}.get("".join(flags), 640)
-    assert kept.of(largest) == pytest.approx(300 + largest * 50)
+    assert rates.launching == pytest.approx(0.3 if flags else 0)
+    work = estimate.work(trainer, 1)
+    expected = {"grad_accum": (4, 160), "max_tokens": (4, 160)}.get("".join(flags), (1, 640))
+    assert (work.micro_batches, work.largest) == expected
+    assert rates.seconds(work.total, work.micro_batches) == pytest.approx(
+        0.2 + 0.3 * work.micro_batches + 0.64
+    )
+    assert kept.of(work.largest) == pytest.approx(300 + work.largest * 50)
+
+
+def test_activations_with_micro_batches(split: TokenSplit, tiny_encoder: Path) -> None:
+    """The line is drawn through the run's own size and a quarter of that, not twice the same."""
+    whole = make_trainer(split, tiny_encoder)
+    cut = make_trainer(split, tiny_encoder, grad_accum=4)
+    [batch] = deal_slots(whole, whole.stream.slots(0))
+    size = estimate.work(cut, 1).largest
+    assert size < batch.computed_tokens / 3
+    assert estimate.activations(cut).of(size) == pytest.approx(
+        estimate.activations(whole).of(size), rel=0.1
+    )
+
+
+def test_compiled_steps_count_once_their_sizes_were_met() -> None:
+    """A GPU begins the next step, too, and a size is run, then captured, then replayed."""
+    a, b = [(64, 9)], [(80, 9)]
+    assert estimate.settled([a, a, a, a, b]) == [False, False, True, False, False]
+    assert estimate.settled([a, b, a, b, b, a, b]) == [False] * 4 + [True, True, False]
+    both = [*a, *b]
+    assert estimate.settled([a, a, both, both, both, a]) == [False] * 4 + [True, False]
+
+
+def test_timed_steps_of_a_compiled_model_are_replays(
+    split: TokenSplit, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever their number: the median of the first would be of steps that capture."""
+    trainer = make_trainer(split, tiny_encoder)
+    taken: list[int] = []
+    clock = 0.0
+
+    def step(smaller: Trainer, progress: Any, *_: Any) -> None:
+        nonlocal clock
+        [size] = estimate.sizes_of(smaller, progress.step + 1)[-1]
+        new = taken.count(size[0]) < estimate.MET
+        taken.append(size[0])
+        clock += 7.0 if new else 0.5
+        progress.recent.computed_tokens += size[0]
+        progress.step += 1
+
+    monkeypatch.setattr(estimate, "train_step", step)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock)
+    tokens, seconds, _ = estimate._run_steps(trainer, 4, compiled=True)
+    assert seconds == 0.5
+    assert len(taken) > estimate.WARM_STEPS + estimate.TIMED_STEPS
+    assert min(taken) < tokens < max(taken)
+    replays = [taken[:place].count(size) >= estimate.MET for place, size in enumerate(taken)]
+    assert sum(replays) >= estimate.TIMED_STEPS
+    taken.clear()
+    estimate._run_steps(trainer, 4, compiled=False)
+    assert len(taken) == estimate.WARM_STEPS + estimate.TIMED_STEPS
 
 
 def test_what_a_gpu_does_not_compile_is_named(

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import textwrap
 import threading
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.programs import run_python
+from tests.programs import TRAIN, run_python
 from toolkit.errors import Preempted
 from toolkit.stop import Stop
 
@@ -121,3 +122,57 @@ os._exit(main(sys.argv[1:]))
 """
     done = run_python("-c", code, *tiny_flags, "--max_steps=8")
     assert done.returncode == 0, sys.version
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_hang_up_is_ignored_under_nohup(ignored: bool) -> None:
+    """Neither does it keep from stopping what does not come by SIGHUP."""
+    program = f"""
+    import os, signal, time
+    if {ignored}:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # and so `nohup` leaves it
+    from toolkit.stop import GONE, Stop
+
+    with Stop() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.3)
+        print(stop.requested)
+        os.kill(os.getpid(), GONE)  # the launcher has died
+        time.sleep(0.3)
+        print(stop.requested)
+    """
+    done = run_python("-c", textwrap.dedent(program))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(not ignored), "True"]
+
+
+def test_a_second_signal_leaves_at_once_though_nobody_reads() -> None:
+    program = """
+    import os, signal, time
+    from toolkit.stop import ECHO_SECONDS, Stop
+
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 2)
+    with Stop():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(ECHO_SECONDS + 0.2)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    print("still here")
+    """
+    done = run_python("-c", textwrap.dedent(program))
+    assert done.returncode == 128 + signal.SIGINT
+    assert done.stdout == ""
+
+
+def test_a_stopped_run_leaves_by_its_exit_code_though_nobody_reads(tiny_flags: list[str]) -> None:
+    """Else Python ends as usual, beside a process group that is still there."""
+    command = [sys.executable, str(TRAIN), *tiny_flags, "--epochs=500", "--log_every=1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout
+        while b"step" not in process.stdout.readline().split(b" ")[:1]:
+            assert process.poll() is None
+        process.stdout.close()  # `tee` got the Ctrl-C, too
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == Preempted.exit_code

@@ -1,6 +1,7 @@
 """One sweep file: the same runs and ids whoever starts them; wrong ones are explained whole."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,10 +9,13 @@ import yaml
 
 from tests.programs import ROOT, run_python
 from toolkit.config import parse
+from toolkit.data.steps import Stream
+from toolkit.engine.trainer import Trainer
 from toolkit.errors import ConfigError
 from toolkit.experiments import sweep as sweeps
 from toolkit.experiments.arguments import split_flags
 from toolkit.experiments.commands import main
+from toolkit.experiments.plan import costs, evaluations
 
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
 
@@ -283,9 +287,39 @@ def test_plan_starts_nothing_and_needs_no_torch(tmp_path: Path) -> None:
         *("--rate", "100", f"--cache_dir={tmp_path}"),
     )
     assert done.returncode == 0, done.stderr
-    assert "25 steps  4 s (stated)" in done.stdout
+    assert "25 steps  4 s (stated, scoring not counted)" in done.stdout
     assert "4 runs, 16 s in all" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_scoring_is_part_of_what_a_sweep_costs(tmp_path: Path) -> None:
+    """Amazon Polarity's 400,000 test rows are more than many a run trains on."""
+    flags = ["--dataset=amazon_polarity", "--head=v1", f"--cache_dir={tmp_path}", "--epochs=2"]
+    few = ["--train_rows=1000", "--validation_rows=300", "--batch_size=10"]
+    cases = {
+        (*few,): (200, 2_000 + 2 * 100 + 400_000 / 3),
+        (*few, "--test_rows=600"): (200, 2_000 + 2 * 100 + 200),
+        (*few, "--test_rows=600", "--eval_every=30"): (200, 2_000 + 8 * 100 + 200),
+        (): (448_750, 2 * 3_590_000 + 2 * 10_000 / 3 + 400_000 / 3),
+    }
+    for more, (steps, rows) in cases.items():
+        config = parse([*flags, *(more or ["--batch_size=16"])])
+        [cost] = costs([sweeps.Run(0, {}, [], [], config)], stated_rate=10.0)
+        assert cost.steps == steps
+        assert cost.seconds == pytest.approx(rows / 10)
+
+
+@pytest.mark.parametrize("every", [None, 3, 5, 7, 100])
+@pytest.mark.parametrize(
+    ("rows", "batch", "epochs"), [(20, 4, 3), (21, 4, 2.5), (7, 16, 5), (9, 2, 0.5)]
+)
+def test_evaluations_are_those_of_the_loop(
+    rows: int, batch: int, epochs: float, every: int | None
+) -> None:
+    stream = Stream(num_rows=rows, batch_size=batch, epochs=epochs, seed=0)
+    trainer: Any = SimpleNamespace(stream=stream, spec=SimpleNamespace(eval_every=every))
+    due = [Trainer.evaluation_is_due(trainer, done + 1) for done in range(stream.num_steps)]
+    assert evaluations(stream, every) == sum(due)
 
 
 def test_flags_of_a_run_and_others() -> None:

@@ -22,9 +22,10 @@ from toolkit.config import RunConfig, parse, part
 from toolkit.console import complain, say
 from toolkit.data.cache import TokenCache
 from toolkit.errors import ConfigError, ToolkitError
-from toolkit.experiments.plan import costs
+from toolkit.experiments.arguments import split_flags
+from toolkit.experiments.plan import SCORING, costs, evaluations
 from toolkit.experiments.states import duration
-from toolkit.experiments.sweep import load, runs
+from toolkit.experiments.sweep import load, overridden_flags, runs
 from toolkit.imports import uncollected
 from toolkit.prepare import prepare_data, refuse_no_steps
 from toolkit.ranks import LAUNCH_FOLDER, PROGRAMS, RanksError, ask
@@ -80,6 +81,7 @@ class Ground:
     parameters: int
     memory: float
     """Bytes of a device."""
+    compiled: bool
     on_cpu: bool
     """The ranks share this machine's cores and memory."""
     link: float
@@ -94,12 +96,12 @@ def main(argv: list[str]) -> int:
         options, config, flags = _options(argv)
         tokens, encoder = prepare_data(config)
         refuse_no_steps(config, tokens)
-        timed = {} if options.tflops else rehearse(options, flags)
+        timed = {} if options.tflops else rehearse(options, config, flags)
         ground = survey(config, tokens, encoder, options, timed)
-        report(config, tokens, ground, options)
-    except ToolkitError as error:
+        report(config, tokens, ground, options, flags)
+    except (ToolkitError, OSError) as error:
         complain(f"error: {error}")
-        return error.exit_code
+        return getattr(error, "exit_code", 1)
     return 0
 
 
@@ -152,7 +154,7 @@ def _options(argv: list[str]) -> tuple[argparse.Namespace, RunConfig, list[str]]
     return options, config, flags
 
 
-def rehearse(options: argparse.Namespace, flags: list[str]) -> dict[str, float]:
+def rehearse(options: argparse.Namespace, config: RunConfig, flags: list[str]) -> dict[str, float]:
     """Take a few steps of the run under each launch config; return seconds of one by launch file."""
     with uncollected():
         import torch
@@ -164,7 +166,7 @@ def rehearse(options: argparse.Namespace, flags: list[str]) -> dict[str, float]:
         say(f"{gpus} GPUs here: steps of {ranks} ranks are counted, not timed")
         return {}
     timed = {}
-    for launch in launch_files(options, on_cpu=is_on_cpu()):
+    for launch in launch_files(options, compiled=config.compile, on_cpu=is_on_cpu()):
         say(f"timing steps of {ranks} processes, {launch} ...")
         try:
             answer = ask(
@@ -181,12 +183,13 @@ def rehearse(options: argparse.Namespace, flags: list[str]) -> dict[str, float]:
     return timed
 
 
-def launch_files(options: argparse.Namespace, *, on_cpu: bool) -> dict[str, "Kind"]:
+def launch_files(options: argparse.Namespace, *, compiled: bool, on_cpu: bool) -> dict[str, "Kind"]:
     """Return the launch files that share the work among ranks, and what they do."""
     if options.num_processes == 1:
         return {}
     ddp = "cpu2" if on_cpu else "ddp"
-    return {f"{ddp if n == 'ddp' else n}.yaml": LAUNCHES[n] for n in options.launches}
+    names = [name for name in options.launches if name == "ddp" or not compiled]
+    return {f"{ddp if n == 'ddp' else n}.yaml": LAUNCHES[n] for n in names}
 
 
 def survey(
@@ -229,7 +232,7 @@ def survey(
         # cut as a CPU wants it until here; a GPU takes what the user says
         trainer = replace(trainer, spec=replace(trainer.spec, max_tokens=config.max_tokens))
     else:
-        rates, kept = estimate.measure(trainer, standing)
+        rates, kept = estimate.measure(trainer, standing, config.compile)
         scoring = estimate.measure_scoring(trainer, evaluation_tokens(config, runtime), standing)
     return Ground(
         trainer=trainer,
@@ -239,6 +242,7 @@ def survey(
         base=base if on_cpu else CUDA_BYTES,
         parameters=parameters,
         memory=options.memory_gb * GIB if options.memory_gb else memory,
+        compiled=config.compile,
         on_cpu=on_cpu,
         link=options.link_gb * 1e9 if options.link_gb else math.inf,
         timed=timed,
@@ -259,7 +263,8 @@ def _stated(
 def rows(ground: Ground, options: argparse.Namespace) -> Iterator[Row]:
     """Yield what each way to distribute needs; one process first."""
     yield _row(ground, "cpu.yaml" if ground.on_cpu else "gpu.yaml", "replicas", 1)
-    for launch, kind in launch_files(options, on_cpu=ground.on_cpu).items():
+    files = launch_files(options, compiled=ground.compiled, on_cpu=ground.on_cpu)
+    for launch, kind in files.items():
         yield _row(ground, launch, kind, options.num_processes)
 
 
@@ -270,10 +275,11 @@ def _row(ground: Ground, launch: str, kind: "Kind", ranks: int) -> Row:
     state = estimate.state_bytes(kind, ground.parameters, ranks, on_cpu=ground.on_cpu)
     room = (ground.memory / ranks if ground.on_cpu else ground.memory) - ground.base - state
     fits = ground.kept.tokens_within(room) / work.per_review
-    # ranks on one CPU share its cores and its memory's bandwidth
-    tokens, share = (work.total, ranks) if ground.on_cpu else (work.busiest, 1)
-    seconds = ground.rates.fixed * share + ground.rates.per_token * tokens
-    sent = estimate.communication_bytes(kind, ground.parameters, ranks) / ground.link
+    count = work.micro_batches
+    seconds = ground.rates.seconds(work.busiest, count)
+    if ground.on_cpu:  # its ranks share its cores and its memory's bandwidth
+        seconds = ranks * ground.rates.seconds(work.total / ranks, count)
+    sent = estimate.communication_bytes(kind, ground.parameters, ranks, count) / ground.link
     # on a CPU the best model is read beside the last one, to score the test set
     best = estimate.FLOAT * ground.parameters if ground.on_cpu else 0
     busy = max(ground.kept.of(work.largest), ground.scoring) + best
@@ -288,7 +294,11 @@ def _row(ground: Ground, launch: str, kind: "Kind", ranks: int) -> Row:
 
 
 def report(
-    config: RunConfig, tokens: TokenCache, ground: Ground, options: argparse.Namespace
+    config: RunConfig,
+    tokens: TokenCache,
+    ground: Ground,
+    options: argparse.Namespace,
+    flags: list[str],
 ) -> None:
     """Print the table, and what it rests on."""
     stream, rates = ground.trainer.stream, ground.rates
@@ -299,27 +309,32 @@ def report(
         f"{ground.kept.per_token / 2**10:.0f} KiB of activations for each token"
     )
     say(
-        f"a step: {rates.fixed * 1e3:.1f} ms + {rates.per_token * 1e6:.1f} us for each token "
-        f"({rates.source})\n"
+        f"a step: {rates.fixed * 1e3:.1f} ms + {rates.per_token * 1e6:.1f} us for each token"
+        + f" + {rates.launching * 1e3:.1f} ms for each micro-batch but one" * (rates.launching > 0)
+        + f" ({rates.source})"
     )
+    if ground.compiled:
+        say("DeepSpeed runs no compiled model: ZeRO is left out")
+    say("")
     say(
         f"{'launch':<20} ranks  GiB a rank  reviews that fit        step  reviews/s     run"
-        f"  hours x ranks{'   price' if options.price else ''}"
+        f"  device hours{'   price' if options.price else ''}"
     )
     planned = list(rows(ground, options))
     for row in planned:
         star = "*" if row.counted else " "
         seconds = run_seconds(tokens, ground, row)
-        price = f"  {seconds * row.ranks / 3600 * options.price:>6.2f}" if options.price else ""
+        hours = seconds / 3600 * (1 if ground.on_cpu else row.ranks)
+        price = f"  {hours * options.price:>6.2f}" if options.price else ""
         say(
             f"{row.launch:<20} {row.ranks:>5}  {row.bytes / GIB:>10.2f}  {_fits(row):>16}"
             f"  {row.seconds * 1e3:>7.1f} ms{star} {stream.batch_size / row.seconds:>9.0f}"
-            f"  {duration(seconds):>6}  {seconds * row.ranks / 3600:>13.2f}{price}"
+            f"  {duration(seconds):>6}  {hours:>12.2f}{price}"
         )
     if any(row.counted for row in planned):
         say(f"\n{COUNTED_NOTE}")
     if options.sweep:
-        _report_sweep(options, planned[0], stream.batch_size)
+        _report_sweep(options, flags, stream.batch_size / planned[0].seconds)
 
 
 def _fits(row: Row) -> str:
@@ -328,19 +343,19 @@ def _fits(row: Row) -> str:
 
 def run_seconds(tokens: TokenCache, ground: Ground, row: Row) -> float:
     """Return the time of a whole run: its steps, and forward passes over validation and test."""
-    stream = ground.trainer.stream
-    epochs = math.ceil(stream.num_slots / stream.num_rows)
+    stream, every = ground.trainer.stream, ground.trainer.spec.eval_every
     scored = {name: int(tokens.splits[name].offsets[-1]) for name in ("validation", "test")}
+    passes = evaluations(stream, every) * scored["validation"] + scored["test"]
     share = 1 if ground.on_cpu else row.ranks
-    forward = ground.rates.per_token / 3 / share
-    return stream.num_steps * row.seconds + forward * (
-        epochs * scored["validation"] + scored["test"]
-    )
+    return stream.num_steps * row.seconds + ground.rates.per_token * SCORING * passes / share
 
 
-def _report_sweep(options: argparse.Namespace, row: Row, batch_size: int) -> None:
+def _report_sweep(options: argparse.Namespace, flags: list[str], rate: float) -> None:
     """Sum up a sweep at one process's rate; `toolkit sweep plan` lists its runs."""
-    found = costs(runs(load(options.sweep), []), batch_size / row.seconds)
+    sweep = load(options.sweep)
+    given, _ = split_flags(flags)
+    varied = set(overridden_flags(sweep, given))
+    found = costs(runs(sweep, [flag for flag in given if flag not in varied]), rate)
     known = [cost.seconds for cost in found if cost.seconds is not None]
     hours = sum(known) / 3600
     price = f", {hours * options.price:.2f} at {options.price:g} an hour" if options.price else ""

@@ -28,7 +28,7 @@ def main() -> None:
     runtime = Runtime(config.precision, config.cpu_threads, config.rank_timeout)
     model, _ = build_classifier(part(ClassifierSpec, config), encoder, tokens.label_names)
     trainer = make_trainer(config, tokens, runtime, model)
-    seconds = step_seconds(trainer)
+    seconds = step_seconds(trainer, config.compile)
     if runtime.is_main:
         answer({"seconds": seconds})
     del trainer, model

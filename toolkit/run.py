@@ -393,6 +393,7 @@ class Run:
     def on_save(self, progress: Progress) -> None:
         """Write a checkpoint."""
         self.saving.checkpoint(progress, self.best)
+        self.cores.begin()
 
     def score_test(self, totals: Totals) -> None:
         """Score the test set with the best model, once, and write what a sweep reads."""

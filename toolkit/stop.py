@@ -23,7 +23,10 @@ from typing import Any
 from toolkit import scheduler
 from toolkit.errors import Preempted
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
+GONE = getattr(signal, "SIGRTMIN", signal.SIGHUP)
+"""What we, and the kernel when the launcher dies, send to this process: a user may have told it to
+ignore SIGHUP (`nohup`). Elsewhere than on Linux there is no signal to spare."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP, GONE)
 ECHO_SECONDS = 0.5
 """Ctrl-C reaches us twice: from the terminal, and from the launcher that got it too."""
 POLL_SECONDS = 0.5
@@ -58,7 +61,11 @@ class Stop:
         self._writer.setblocking(False)
         self._reader.settimeout(POLL_SECONDS)
         self._old_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        self._old_handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._old_handlers = {
+            number: signal.signal(number, self._handle)
+            for number in SIGNALS
+            if not is_ignored(number)
+        }
         self._thread = threading.Thread(target=self._listen, name="stop", daemon=True)
         self._thread.start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # `Restart` held them back for us
@@ -142,15 +149,17 @@ class Stop:
                 if not self.requested:
                     file.unlink()
                     self._by_file = True
-                    os.kill(os.getpid(), signal.SIGHUP)  # wakes the main thread too
+                    os.kill(os.getpid(), GONE)  # wakes the main thread too
 
     def _note(self, number: int) -> None:
         if number not in SIGNALS:
             return
         now = time.monotonic()
-        # SIGHUP comes by itself when the launcher goes: it never means "at once"
-        if self.requested and number != signal.SIGHUP and now - self.since > ECHO_SECONDS:
-            os.write(2, b"second signal: leaving at once; the last checkpoint is whole\n")
+        # these come by themselves when the terminal or the launcher goes: they never mean "at once"
+        comes_by_itself = number in (signal.SIGHUP, GONE)
+        if self.requested and not comes_by_itself and now - self.since > ECHO_SECONDS:
+            with suppress(OSError):  # a `tee` that got the first Ctrl-C, too, is gone
+                os.write(2, b"second signal: leaving at once; the last checkpoint is whole\n")
             os._exit(128 + number)
         if not self.requested:
             self._signal, self.since, self.requested = number, now, True
@@ -171,11 +180,16 @@ def _has_launcher() -> bool:
     return bool({"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & set(os.environ))
 
 
+def is_ignored(number: int) -> bool:
+    """Tell whether SIGHUP is not to stop anything: so `nohup` starts a program."""
+    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+
+
 def _ask_for_hangup_with_parent() -> None:
-    """Let the kernel send SIGHUP when the launcher dies: with one process it forwards no signal.
+    """Let the kernel send a signal when the launcher dies: with one process it forwards none.
 
     Elsewhere than on Linux there is no such service, and the trainer would live on.
     """
     if sys.platform == "linux":
         libc: Any = ctypes.CDLL(None)
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGHUP)
+        libc.prctl(PR_SET_PDEATHSIG, GONE)

@@ -42,7 +42,7 @@ def row(
     fixed = options.fixed_ms / 1e3
     one = batch_size / (fixed + batch_size / alone)
     for speed in options.gb_per_s:
-        transfer = communication_bytes("replicas", PARAMETERS, ranks) / speed / 1e9
+        transfer = communication_bytes("replicas", PARAMETERS, ranks, micro_batches=1) / speed / 1e9
         compute = fixed + batch_size / ranks / alone * balance
         rate = batch_size / step_seconds(compute, transfer, options.hidden)
         cells += [f"{rate:,.0f}", f"{rate / (one * ranks):.0%}"]

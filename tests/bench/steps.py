@@ -14,9 +14,8 @@ import os
 import statistics
 import tempfile
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +29,18 @@ from tests.bench.encoder import write_encoder
 from tests.bench.peers import PEERS
 from toolkit.config import RunConfig
 from toolkit.console import say
-from toolkit.data.batches import Batch
 from toolkit.data.cache import TokenCache, TokenSplit
+from toolkit.engine.estimate import MET, settled, sizes_of
 from toolkit.engine.memory import forget_peak, peak_bytes
 from toolkit.engine.runtime import Runtime
 from toolkit.engine.step import Wants, train_step
 from toolkit.engine.totals import Progress
-from toolkit.engine.trainer import Trainer, micro_batches
+from toolkit.engine.trainer import Trainer
 from toolkit.model.classifier import ClassifierSpec, build_classifier
 from toolkit.run import make_trainer
 
 OURS = ("ours", "ours_compiled")
 CONTENDERS = (*OURS, *PEERS)
-MET = 2
-"""How often a size is met before its steps count."""
 PROFILED = 5
 LONGEST = 8
 """Kernels that are named."""
@@ -72,14 +69,6 @@ def build(name: str, batch_size: int, encoder: Path, split: TokenSplit) -> Train
     return trainer
 
 
-def sizes(batches: list[Batch]) -> list[tuple[int, int]]:
-    """Return what kernels are made for and graphs captured for: tokens and sequences."""
-    return [
-        (batch.computed_tokens, 0 if batch.bounds is None else len(batch.bounds))
-        for batch in batches
-    ]
-
-
 def without_more(trainer: Trainer, steps: int) -> Trainer:
     """End after these steps, or a GPU would begin another one behind them."""
     return replace(trainer, stream=replace(trainer.stream, max_steps=steps))
@@ -88,13 +77,9 @@ def without_more(trainer: Trainer, steps: int) -> Trainer:
 def time_steps(trainer: Trainer, steps: int) -> Times:
     """Take steps from the first one on."""
     trainer = without_more(trainer, steps)
-    progress, met = Progress(), Counter[tuple[int, int]]()
-    dealt = [sizes(micro_batches(trainer, step)) for step in range(steps)]
-    seconds, tokens, report = [], [], None
-    for now, following in pairwise([*dealt, []]):
-        # a GPU begins the next, too; there is none behind the last
-        counts = bool(following) and all(met[size] >= MET for size in (*now, *following))
-        met.update(now)
+    dealt = sizes_of(trainer, steps)
+    progress, seconds, tokens, report = Progress(), [], [], None
+    for now, counts in zip(dealt, settled(dealt), strict=True):
         started = time.perf_counter()
         report = train_step(trainer, progress, Wants(), report)
         if counts:

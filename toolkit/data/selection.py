@@ -49,7 +49,7 @@ def select(
             )
         selection["validation"] = ("validation", validation)
     else:
-        count = validation_rows or _default_validation_rows(train_rows or len(train))
+        count = validation_rows or default_validation_rows(train_rows or len(train))
         validation = _carve(splits["train"], train, count, seed, "validation")
         train = np.setdiff1d(train, validation, assume_unique=True)
         selection["validation"] = ("train", validation)
@@ -62,7 +62,8 @@ def select(
     return selection
 
 
-def _default_validation_rows(train_rows: int) -> int:
+def default_validation_rows(train_rows: int) -> int:
+    """Return the size of a validation split that nobody stated, for so many rows in all."""
     return max(2, min(int(train_rows * VALIDATION_SHARE), MAX_VALIDATION_ROWS))
 
 

@@ -6,8 +6,8 @@ import time
 WINDOW_SECONDS = 10.0
 FAIR_SHARE = 0.7
 """Of a core for each thread. Alone, threads have 0.98: while they wait for each other they spin."""
-SETTINGS = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"
-"""How a user says that they sleep instead."""
+SPINNING = "GOMP_SPINCOUNT"
+"""How a user says for how long, in the OpenMP that torch brings along on Linux."""
 
 
 class Cores:
@@ -18,8 +18,13 @@ class Cores:
     """
 
     def __init__(self, threads: int) -> None:
+        sleeping = os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
         self.threads = threads
-        self.watches = threads > 1 and not any(name in os.environ for name in SETTINGS)
+        self.watches = threads > 1 and not sleeping and not os.environ.get(SPINNING)
+        self.begin()
+
+    def begin(self) -> None:
+        """Look at what comes from here on: who waits for a disk wants no cores."""
         self.since, self.used = time.monotonic(), time.process_time()
 
     def complaint(self) -> str | None:
@@ -28,12 +33,13 @@ class Cores:
         if not self.watches or now - self.since < WINDOW_SECONDS:
             return None
         cores = (used - self.used) / (now - self.since)
-        self.since, self.used = now, used
+        self.begin()
         if cores >= FAIR_SHARE * self.threads:
             return None
         self.watches = False
         return (
             f"This process has {cores:.1f} of the {self.threads} cores that its threads want: others "
-            "compute there, and threads that wait for each other crawl. If that lasts, stop it "
-            "(Ctrl-C) and start it again, it goes on where it was, with fewer threads: --cpu_threads 1"
+            "compute there, or a limit is set, and threads that wait for each other crawl. If that "
+            "lasts, stop it (Ctrl-C) and start it again, it goes on where it was, with fewer threads: "
+            "--cpu_threads 1"
         )

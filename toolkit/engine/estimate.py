@@ -8,9 +8,11 @@ against runs.
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import numpy as np
@@ -22,13 +24,17 @@ from toolkit.data.steps import cost, runs_within
 from toolkit.engine.memory import forget_peak, peak_bytes
 from toolkit.engine.step import Wants, train_step
 from toolkit.engine.totals import Progress
-from toolkit.engine.trainer import Trainer, deal_rows, deal_slots, summed_loss
+from toolkit.engine.trainer import Trainer, deal_rows, deal_slots, micro_batches, summed_loss
 
 FLOAT = 4
 SAMPLE_STEPS = 20
 TIMED_STEPS = 10
 WARM_STEPS = 4
 """ZeRO-3 settles later than others do."""
+MET = 2
+"""How often a compiled step's sizes are met before it counts: one is run, captured, then replayed."""
+MOST_STEPS = 400
+"""To have so many of a compiled run."""
 
 Kind = Literal["replicas", "zero1", "zero2", "zero2_offload", "zero3"]
 
@@ -62,6 +68,8 @@ class Work:
     """Of the largest micro-batch in the sample."""
     per_review: float
     """Tokens of a review, padding included."""
+    micro_batches: float
+    """Of each rank."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +77,17 @@ class Rates:
     """How long a step takes on one device."""
 
     fixed: float
-    """Seconds for what does not grow with the batch: the update, and launching the work."""
+    """Seconds for what does not grow with the batch: the update, and launching one micro-batch."""
     per_token: float
     """Seconds."""
+    launching: float
+    """Seconds that each further micro-batch takes besides its tokens."""
     source: str
     """Where they come from."""
+
+    def seconds(self, tokens: float, micro_batches: float) -> float:
+        """Return the seconds of a step."""
+        return self.fixed + self.launching * (micro_batches - 1) + self.per_token * tokens
 
 
 def saved_bytes(compute: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
@@ -95,12 +109,14 @@ def saved_bytes(compute: Callable[[], Tensor], parameters: Iterable[Tensor]) -> 
 
 
 def activations(trainer: Trainer) -> Activations:
-    """Measure a micro-batch of one step and one of a quarter of its rows; draw the line."""
+    """Measure a micro-batch of the run's size and one of a quarter of its rows; draw the line."""
     trainer.model.train()  # with dropout's masks
+    slots = trainer.stream.slots(0)
+    full = len(deal_slots(trainer, slots)[0].rows)
+    one = in_one_piece(trainer)
     points = []
-    for rows in (trainer.stream.batch_size, max(1, trainer.stream.batch_size // 4)):
-        slots = trainer.stream.slots(0)[:rows]
-        batch = deal_slots(trainer, slots)[0]
+    for rows in (full, max(1, full // 4)):
+        [batch] = deal_slots(one, slots[:rows])
         kept = saved_bytes(partial(summed_loss, trainer, batch), trainer.model.parameters())
         points.append((batch.computed_tokens, kept))
     (many, much), (few, little) = points
@@ -108,10 +124,15 @@ def activations(trainer: Trainer) -> Activations:
     return Activations(much - per_token * many, per_token)
 
 
+def in_one_piece(trainer: Trainer) -> Trainer:
+    """Return the same with whole steps as micro-batches."""
+    return replace(trainer, spec=replace(trainer.spec, grad_accum=1, max_tokens=None))
+
+
 def work(trainer: Trainer, world_size: int) -> Work:
     """Deal a sample of the run's steps to so many ranks, and look at the busiest."""
     steps = np.linspace(0, trainer.stream.num_steps - 1, SAMPLE_STEPS).astype(int)
-    busiest, totals, largest, reviews = [], [], 0, 0
+    busiest, totals, largest, reviews, micro_batches = [], [], 0, 0, []
     for step in np.unique(steps):
         rows = trainer.stream.rows(trainer.stream.slots(int(step)))
         lengths = trainer.train.lengths(rows)
@@ -121,8 +142,9 @@ def work(trainer: Trainer, world_size: int) -> Work:
         totals.append(sum(map(sum, sizes)))
         largest = max(largest, *(size for rank in sizes for size in rank))
         reviews += len(lengths)
+        micro_batches.append(len(dealt[0]))  # all ranks have as many
     mean = statistics.mean
-    return Work(mean(busiest), mean(totals), largest, sum(totals) / reviews)
+    return Work(mean(busiest), mean(totals), largest, sum(totals) / reviews, mean(micro_batches))
 
 
 def state_bytes(kind: Kind, parameters: int, ranks: int, *, on_cpu: bool) -> float:
@@ -142,33 +164,41 @@ def state_bytes(kind: Kind, parameters: int, ranks: int, *, on_cpu: bool) -> flo
     return FLOAT * parameters * (whole + cut / ranks)
 
 
-def measure(trainer: Trainer, standing: float) -> tuple[Rates, Activations]:
+def measure(trainer: Trainer, standing: float, compiled: bool) -> tuple[Rates, Activations]:
     """Run real steps of one process, of the run's largest micro-batch and of a quarter; draw the lines.
 
     Args:
         trainer: of the run.
         standing: bytes that this process has before its first forward pass, gradients included.
+        compiled: the model is.
 
     Returns:
         The rates, and what the process's memory grew by: on a CPU that is more than what a forward
         pass keeps, because freed memory stays with the process, in pieces.
     """
-    one = replace(trainer, spec=replace(trainer.spec, grad_accum=1, max_tokens=None))
-    sizes = work(trainer, world_size=1)
+    one, sizes = in_one_piece(trainer), work(trainer, world_size=1)
     full = max(1, round(sizes.largest / sizes.per_review))
-    few, short, little = _run_steps(one, max(1, full // 4))
-    many, long, much = _run_steps(one, full)
+    few, short, little = _run_steps(one, max(1, full // 4), compiled)
+    many, long, much = _run_steps(one, full, compiled)
     if many == few:
         few = short = little = 0
     per_token = max(0.0, (long - short) / (many - few))
-    rates = Rates(max(0.0, long - per_token * many), per_token, "measured here")
+    fixed = max(0.0, long - per_token * many)
+    launching = 0.0
+    if sizes.micro_batches > 1:
+        tokens, whole, _ = _run_steps(trainer, trainer.stream.batch_size, compiled)
+        more = (whole - fixed - per_token * tokens) / (sizes.micro_batches - 1)
+        launching = min(fixed, max(0.0, more))
     growth = max(1.0, (much - little) / (many - few))
-    return rates, Activations(max(0.0, much - standing - growth * many), growth)
+    return (
+        Rates(fixed, per_token, launching, "measured here"),
+        Activations(max(0.0, much - standing - growth * many), growth),
+    )
 
 
-def step_seconds(trainer: Trainer) -> float:
+def step_seconds(trainer: Trainer, compiled: bool) -> float:
     """Take a few steps of the run, on all ranks; return the median of their seconds."""
-    return _run_steps(trainer, trainer.stream.batch_size)[1]
+    return _run_steps(trainer, trainer.stream.batch_size, compiled)[1]
 
 
 def measure_scoring(trainer: Trainer, eval_tokens: int, standing: float) -> float:
@@ -184,24 +214,66 @@ def measure_scoring(trainer: Trainer, eval_tokens: int, standing: float) -> floa
     return max(0.0, peak_bytes(trainer.runtime.device) - standing)
 
 
-def _run_steps(trainer: Trainer, batch_size: int) -> tuple[float, float, float]:
+def _run_steps(trainer: Trainer, batch_size: int, compiled: bool) -> tuple[float, float, float]:
     """Return the mean of the steps' tokens, the median of their seconds, the peak of the memory."""
-    steps = WARM_STEPS + TIMED_STEPS  # and none is begun behind the last
-    epochs = batch_size * steps  # enough, however few rows there are
-    stream = replace(trainer.stream, batch_size=batch_size, epochs=epochs, max_steps=steps)
-    smaller = replace(trainer, stream=stream)
+    smaller = _few_steps(trainer, batch_size, MOST_STEPS if compiled else WARM_STEPS + TIMED_STEPS)
+    counts = [step >= WARM_STEPS for step in range(smaller.stream.num_steps)]
+    if compiled:
+        counts = first_settled(smaller)
+        smaller = _few_steps(trainer, batch_size, len(counts))  # and none is begun behind the last
     forget_peak(trainer.runtime.device)
     trainer.model.train()
-    progress, seconds, before = Progress(), [], 0.0
-    report = None
-    for step in range(steps):
-        if step == WARM_STEPS:
-            before = progress.recent.computed_tokens
-        started = time.perf_counter()
+    progress, report = Progress(), None
+    seconds, tokens = [], []
+    for counted in counts:
+        before, started = progress.recent.computed_tokens, time.perf_counter()
         report = train_step(smaller, progress, Wants(), report)
-        seconds.append(time.perf_counter() - started)
-    tokens = (progress.recent.computed_tokens - before) / TIMED_STEPS
-    return tokens, statistics.median(seconds[WARM_STEPS:]), peak_bytes(trainer.runtime.device)
+        if counted:
+            seconds.append(time.perf_counter() - started)
+            tokens.append(progress.recent.computed_tokens - before)
+    peak = peak_bytes(trainer.runtime.device)
+    return statistics.mean(tokens), statistics.median(seconds), peak
+
+
+def _few_steps(trainer: Trainer, batch_size: int, steps: int) -> Trainer:
+    """Return the same with so many steps of so many rows, however few rows there are."""
+    stream = replace(
+        trainer.stream, batch_size=batch_size, epochs=batch_size * steps, max_steps=steps
+    )
+    return replace(trainer, stream=stream)
+
+
+Size = tuple[int, int]
+"""What kernels are made for and graphs captured for: tokens and sequences of a micro-batch."""
+
+
+def sizes_of(trainer: Trainer, steps: int) -> list[list[Size]]:
+    """Return the sizes of this rank's micro-batches in the first steps."""
+    return [
+        [
+            (batch.computed_tokens, 0 if batch.bounds is None else len(batch.bounds))
+            for batch in micro_batches(trainer, step)
+        ]
+        for step in range(steps)
+    ]
+
+
+def settled(sizes: list[list[Size]]) -> list[bool]:
+    """Tell which steps have sizes that were met before, as has the next one, which a GPU begins, too."""
+    met, found = Counter[Size](), []
+    for now, following in pairwise([*sizes, []]):
+        found.append(bool(following) and all(met[size] >= MET for size in (*now, *following)))
+        met.update(now)
+    return found
+
+
+def first_settled(trainer: Trainer) -> list[bool]:
+    """Return which of the steps count, until enough do; all that come after a while, if too few do."""
+    counts = settled(sizes_of(trainer, trainer.stream.num_steps))
+    for step, so_far in enumerate(accumulate(counts)):
+        if so_far == TIMED_STEPS:
+            return [*counts[: step + 1], False]  # none is begun behind the last
+    return [step >= WARM_STEPS for step in range(len(counts))]
 
 
 def stated(tflops: float, bandwidth_gb: float, flops_per_token: float, parameters: int) -> Rates:
@@ -217,7 +289,7 @@ def stated(tflops: float, bandwidth_gb: float, flops_per_token: float, parameter
     """
     update = 7 * FLOAT * parameters / (bandwidth_gb * 1e9)
     source = f"stated: {tflops:g} TFLOP/s; small batches take longer, to launch their kernels"
-    return Rates(update, flops_per_token / (tflops * 1e12), source)
+    return Rates(update, flops_per_token / (tflops * 1e12), 0.0, source)
 
 
 def token_flops(
@@ -242,12 +314,13 @@ def token_flops(
     return 6 * weights + 12 * (layers - packed) * width * mean_length
 
 
-def communication_bytes(kind: Kind, parameters: int, ranks: int) -> float:
-    """Return the bytes that a rank sends in a step of one micro-batch.
+def communication_bytes(kind: Kind, parameters: int, ranks: int, micro_batches: float) -> float:
+    """Return the bytes that a rank sends in a step.
 
     A ring sum of gradients sends 2 (N - 1) / N of them (Patarasuk and Yuan, 2009); so do ZeRO 1 and
     2, in two halves; stage 3 gathers parameters for the backward pass once more (Rajbhandari et al.,
-    2020: ZeRO).
+    2020: ZeRO). Those that cut gradients cannot wait for the last micro-batch.
     """
     rounds = 3 if kind == "zero3" else 2
-    return FLOAT * parameters * rounds * (ranks - 1) / ranks
+    times = 1 if kind in ("replicas", "zero1") else micro_batches
+    return FLOAT * parameters * rounds * times * (ranks - 1) / ranks

@@ -22,7 +22,7 @@ from toolkit.console import say
 from toolkit.errors import ConfigError
 from toolkit.experiments.states import read_state
 from toolkit.experiments.sweep import Run
-from toolkit.stop import ECHO_SECONDS
+from toolkit.stop import ECHO_SECONDS, is_ignored
 
 Thing = TypeVar("Thing")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
@@ -213,7 +213,7 @@ def forwarding(runner: Stoppable) -> Iterator[None]:
         say("Stopping: the runs under way save and end; the same command goes on from there.")
         runner.stop()
 
-    old = {number: signal.signal(number, stop) for number in SIGNALS}
+    old = {number: signal.signal(number, stop) for number in SIGNALS if not is_ignored(number)}
     try:
         yield
     finally:

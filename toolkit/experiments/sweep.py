@@ -226,9 +226,14 @@ def run_at(sweep: Sweep, index: int, extra: list[str]) -> Run:
 
 def overridden(sweep: Sweep, extra: list[str]) -> list[str]:
     """Name the flags of parameters that differ between runs; a flag may replace one that does not."""
-    names = {name for name, parameter in sweep.parameters.items() if "value" not in parameter}
-    swept = [flag for flag in extra if flag.partition("=")[0][2:].replace("-", "_") in names]
+    swept = overridden_flags(sweep, extra)
     return [f"{flag}: {sweep.path} varies it from run to run" for flag in swept]
+
+
+def overridden_flags(sweep: Sweep, extra: list[str]) -> list[str]:
+    """Return the flags of parameters that differ between runs."""
+    names = {name for name, parameter in sweep.parameters.items() if "value" not in parameter}
+    return [flag for flag in extra if flag.partition("=")[0][2:].replace("-", "_") in names]
 
 
 def make_run(sweep: Sweep, index: int, cell: dict[str, Any], extra: list[str]) -> Run:
