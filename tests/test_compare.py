@@ -49,6 +49,20 @@ def test_equal_settings_differ_by_chance_one_time_in_twenty() -> None:
     assert 0.02 < wrong / trials < 0.08
 
 
+def test_the_best_is_not_called_otherwise_too_often() -> None:
+    """Eight settings that do not differ, the best chosen on the same rows: any of them may be it."""
+    dice = np.random.default_rng(5)
+    labels = dice.integers(0, 2, 300)
+    trials, wrong = 150, 0
+    for _ in range(trials):
+        settings = [judge(dice, labels, 0.88) for _ in range(8)]
+        truly_best = settings[0]
+        settings.sort(key=f1, reverse=True)
+        verdicts = zip(settings[1:], against_best(settings), strict=True)
+        wrong += sum(p < ALPHA for setting, p in verdicts if setting is truly_best)
+    assert wrong / trials <= ALPHA
+
+
 def test_a_difference_is_found() -> None:
     dice = np.random.default_rng(2)
     labels = dice.integers(0, 2, 600)

@@ -137,6 +137,21 @@ def test_a_metric_that_no_run_has_ends_the_search_at_once(
     assert "[1]" not in shown.out, "one run is enough to know"
 
 
+def test_what_a_search_here_does_not_do_is_refused(
+    tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The test set must not choose, and W&B's other way to say when to stop means something else."""
+    path = write(tmp_path, tiny_flags, lr=LR)
+    content = yaml.safe_load(path.read_text())
+    content["metric"]["name"] = "test/f1"
+    content["early_terminate"] = {"type": "hyperband", "max_iter": 27, "s": 2}
+    path.write_text(yaml.safe_dump(content))
+    assert main(["run", str(path), "--search=optuna"]) == 2
+    shown = capsys.readouterr().err
+    assert "metric.name got 'test/f1', allowed is a figure of validation" in shown
+    assert "early_terminate.max_iter, s: --search has min_iter, eta alone" in shown
+
+
 def test_values_that_do_not_go_together_are_no_end(
     tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -47,6 +47,30 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 SWEEP = ROOT / "configs" / "sweeps" / "smoke.yaml"
 
 
+def test_what_an_array_starts_otherwise_than_the_file_says(
+    fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another program is refused, another launch config is named."""
+    content = yaml.safe_load(SWEEP.read_text())
+    content["parameters"]["output_dir"] = {"value": str(tmp_path / "out")}
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(content | {"program": "mine.py"}))
+    assert main(["submit", str(path)]) == 2
+    shown = capsys.readouterr().err
+    assert f"program got mine.py, an array starts {ROOT / 'toolkit' / 'train.py'} alone" in shown
+    assert not (fake / "calls").exists(), "nothing was submitted"
+
+    command = [word.replace("gpu.yaml", "zero3.yaml") for word in content["command"]]
+    path.write_text(yaml.safe_dump(content | {"command": command}))
+    for environment, is_named in (({}, True), ({"LAUNCH": "launch/zero3.yaml"}, False)):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert main(["submit", str(path)]) == 0
+        shown = capsys.readouterr().out
+        assert ("not launch/zero3.yaml of the command" in shown) == is_named
+        assert (f"LAUNCH={ROOT}/launch/zero3.yaml before" in shown) == is_named
+
+
 def test_the_command_line_of_a_submission(
     fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,8 +52,8 @@ def main(argv: list[str]) -> int:
     """Prepare the data that the arguments name; return the exit code."""
     try:
         tokens, _ = prepare_data(parse(argv, prog="toolkit prepare"))
-    except ToolkitError as error:
+    except (ToolkitError, OSError) as error:  # not Python itself, which would show secrets too
         complain(f"error: {error}")
-        return error.exit_code
+        return getattr(error, "exit_code", 1)
     say(describe(tokens))
     return 0

@@ -425,6 +425,7 @@ class Run:
             "config_hash": config.hash(),
             "config": config.identity(),
             "data_fingerprint": self.tokens.folder.name,
+            "data_revision": self.tokens.meta["inputs"]["revision"],
             "test": test,
             "validation": self.best,
             "steps_skipped": totals.skipped,

@@ -1,16 +1,20 @@
 """The commands that have to do with SLURM: submit an array, and what its tasks ask for."""
 
 import argparse
+import os
 import shlex
 import sys
 from pathlib import Path
 
 from toolkit import scheduler
 from toolkit.console import say
+from toolkit.errors import ConfigError
 from toolkit.experiments import slurm
 from toolkit.experiments.arguments import note_what_is_ignored, parser, read
 from toolkit.experiments.states import read_state
-from toolkit.experiments.sweep import run_at
+from toolkit.experiments.sweep import ROOT, Sweep, find, run_at
+
+PROGRAM = ROOT / "toolkit" / "train.py"
 
 TOO_SHORT = (
     "Is its time long enough? It is asked to stop 5 minutes before the end (--signal of the template), "
@@ -24,6 +28,7 @@ def submit(argv: list[str]) -> int:
     made.add_argument("--throttle", type=int, help="tasks at the same time")
     made.add_argument("--retry_failed", action="store_true", help="failed and stopped runs, too")
     asked = read(made, argv, with_others=True)
+    _hold_against_template(asked.sweep)
     runs = asked.runs()
     todo = slurm.missing(runs, slurm.queue(), asked.options.retry_failed)
     command = shlex.join([str(asked.file), *asked.extra])
@@ -36,6 +41,24 @@ def submit(argv: list[str]) -> int:
     say(f"Submitted {len(todo)} of {len(runs)} runs as array {job}")
     say(f"How it stands: python -m toolkit sweep status {command}")
     return 0
+
+
+def _hold_against_template(sweep: Sweep) -> None:
+    """Refuse what the array would not start, and name what it starts otherwise than `sweep run` does."""
+    if Path(find(sweep.program)).resolve() != PROGRAM:
+        raise ConfigError(
+            [f"{sweep.path}: program got {sweep.program}, an array starts {PROGRAM} alone"]
+        )
+    usual = {f"{name}.yaml" for name in ("cpu", "gpu", "ddp")}
+    files = [word for word in sweep.command if word.endswith((".yaml", ".yml"))]
+    others = [word for word in files if Path(word).name not in usual]
+    if others and "LAUNCH" not in os.environ:
+        say(
+            f"An array takes the launch config that fits its nodes, not {others[0]} of the command:"
+        )
+        say(
+            f"for that one, LAUNCH={shlex.quote(str(Path(find(others[0])).resolve()))} before what submits it"
+        )
 
 
 def task(argv: list[str]) -> int:

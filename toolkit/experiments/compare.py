@@ -6,6 +6,12 @@ review would be as likely as not: so the swaps that make the gap in F1 at least 
 are counted (an approximate randomisation test: Yeh, More accurate tests for the statistical
 significance of result differences, COLING 2000). Seeds of one setting are swapped together, as
 they judge the same review. P-values are adjusted for the number of comparisons by Holm's method.
+
+The best is chosen on the same rows, so what follows from a small p-value is that a setting is not the
+best of all, and no more than that of the chosen one (Hsu, Constrained simultaneous confidence intervals
+for multiple comparisons with the best, Annals of Statistics 1984): the one that truly is the best is
+called otherwise one time in twenty at most. Chance is that of the test rows; what another seed would
+make of a setting is known from its seeds alone.
 """
 
 from dataclasses import dataclass

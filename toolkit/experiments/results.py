@@ -21,7 +21,7 @@ COLUMNS = [
     *(name + end for name in METRICS for end in ("", "_low", "_high")),
     *("n", "seconds", "reviews_per_s", "run_id", "setting_f1", "p_against_best", "verdict"),
 ]
-OTHER = "other test rows"
+OTHER = "other test data"
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Setting:
 
     runs: list[dict[str, Any]]
     test_set: str
-    """Hash of the test rows and their labels."""
+    """Hash of the test rows, their labels, and the files that they are from."""
     judged: Judged
     f1: float
     p: float | None = None
@@ -47,7 +47,7 @@ class Setting:
             return "best" if len(self.runs) == 1 else "best setting"
         if self.p is None:
             return OTHER
-        return "cannot be told from the best" if self.is_tie(best) else "below the best"
+        return "cannot be told from the best" if self.is_tie(best) else "not the best"
 
 
 def summaries(folder: Path) -> list[dict[str, Any]]:
@@ -66,7 +66,7 @@ def summaries(folder: Path) -> list[dict[str, Any]]:
 def settings(runs: list[dict[str, Any]]) -> list[Setting]:
     """Pool the seeds of each setting, best first, and compare with the best.
 
-    Figures of different test rows cannot be compared: the best is one of the runs on the rows that
+    Figures of different test data cannot be compared: the best is one of the runs on the data that
     most runs share, which come first. A run without its predictions is left out, with a warning.
     """
     groups: dict[tuple[str, str], list[Predicted]] = defaultdict(list)
@@ -97,7 +97,7 @@ class Predicted:
 
     run: dict[str, Any]
     test_set: str
-    """Hash of the test rows and their labels."""
+    """Hash of the test rows, their labels, and the files that they are from."""
     labels: np.ndarray
     positive: np.ndarray
 
@@ -118,9 +118,11 @@ def _predictions(run: dict[str, Any]) -> Predicted:
     found = int((positive & (labels == 1)).sum()), int(positive.sum())
     if found != (matrix["tp"], matrix["tp"] + matrix["fp"]):
         raise DataError([f"{path} is not what {run['folder'] / 'summary.json'} was made of"])
-    # not the data's fingerprint: other training rows or another length leave the test rows the same
+    # not the data's fingerprint: other training rows or another length leave the test rows the same.
+    # But somebody may have mended a text in a file since
+    source = run["config"]["dataset"] + run.get("data_revision", "")
     key = table["row_id"].to_numpy().tobytes() + labels.tobytes()
-    test_set = hashlib.sha256(key + run["config"]["dataset"].encode()).hexdigest()
+    test_set = hashlib.sha256(key + source.encode()).hexdigest()
     return Predicted(run, test_set, labels, positive)
 
 

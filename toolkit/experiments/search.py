@@ -26,6 +26,8 @@ from toolkit.files import lock
 from toolkit.record.journal import RunFolder
 
 POLL_SECONDS = 0.5
+STOPS = {"min_iter": 1, "eta": 3}
+"""Settings of early termination, and what they are by default."""
 FAILED = "failed"
 """Attribute of a trial whose run failed by itself: it counts, unlike one whose worker was killed."""
 
@@ -38,7 +40,7 @@ class Search:
         self.extra = extra
         self.stopping = False
         self.under_way: tuple[Run, Any] | None = None
-        if problems := sweeps.overridden(sweep, extra):
+        if problems := [*sweeps.overridden(sweep, extra), *_problems(sweep)]:
             raise ConfigError(problems)
         self.folder = sweeps.runs_folder(sweep, extra)
         self.name = f"search-{sweep.path.stem}-{_fingerprint(sweep, extra)}"
@@ -200,6 +202,18 @@ def _fingerprint(sweep: Sweep, extra: list[str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+def _problems(sweep: Sweep) -> Iterator[str]:
+    """Name what W&B would understand, and a search here does not do."""
+    if not sweep.metric.startswith("eval/"):
+        yield (
+            f"{sweep.path}: metric.name got {sweep.metric!r}, allowed is a figure of validation, "
+            "eval/...: what is chosen by the test set has no test any more"
+        )
+    others = sorted(set(sweep.early_terminate or {}) - {"type", *STOPS})
+    if others:
+        yield f"{sweep.path}: early_terminate.{', '.join(others)}: --search has {', '.join(STOPS)} alone"
+
+
 def _open_study(sweep: Sweep, journal: Path, sampler: str, seed: int | None) -> Any:
     try:
         import optuna
@@ -216,7 +230,8 @@ def _open_study(sweep: Sweep, journal: Path, sampler: str, seed: int | None) -> 
     }
     stops = sweep.early_terminate or {}
     pruner = optuna.pruners.HyperbandPruner(
-        min_resource=stops.get("min_iter", 1), reduction_factor=stops.get("eta", 3)
+        min_resource=stops.get("min_iter", STOPS["min_iter"]),
+        reduction_factor=stops.get("eta", STOPS["eta"]),
     )
     return optuna.create_study(
         storage=optuna.storages.JournalStorage(backend),

@@ -142,17 +142,31 @@ def conclusions(found: list[Setting]) -> list[str]:
             f"settings: {'; '.join(ties)}."
         )
     elif rivals:
-        lines.append("At 95 % every other setting on the same test rows is below it.")
+        lines.append("At 95 % no other setting on the same test data is the best.")
     if len(found) > len(rivals) + 1:
         lines.append(
-            f"{len(found) - 1 - len(rivals)} settings were judged on other test rows than the best: "
-            "their figures cannot be compared with it."
+            f"{len(found) - 1 - len(rivals)} settings were judged on other test data than the best "
+            "(other rows, or files that have changed): their figures cannot be compared with it."
         )
     if rivals:
         lines.append(
             "Settings are compared on F1, row by row of the test set (paired randomisation test, "
             "Holm's correction for the number of comparisons; seeds of one setting are pooled). The "
             "best of many is chosen on these rows, so its own figure is on the lucky side."
+        )
+        fewest = min(len(setting.runs) for setting in [best, *rivals])
+        lines.append(
+            "That is the chance of the test rows. "
+            + (
+                "Some settings have one seed"
+                if fewest == 1
+                else f"With {fewest} seeds or more each"
+            )
+            + (
+                ": it is these trained models that differ, another seed may turn out otherwise."
+                if fewest == 1
+                else ", the spread of their runs above tells what a seed does."
+            )
         )
     return lines
 
