@@ -1,14 +1,16 @@
 """Journal and tracking: whole files, offline W&B, and a mirror that cannot hurt."""
 
 import json
+import subprocess
 from contextlib import suppress
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
 from toolkit.files import publish_folder, write_json
 from toolkit.network import why_unreachable
+from toolkit.record import provenance
 from toolkit.record.journal import RunFolder
 from toolkit.record.tracking import Tracker, has_wandb_key, wandb_arguments, wandb_mode, wandb_url
 
@@ -213,6 +215,51 @@ def test_a_rank_of_an_earlier_start_cannot_write_the_status(tmp_path: Path) -> N
     assert new.status == "oom"
     new.open(None)
     assert new.split == 2
+    new.open(None, anew=True)
+    assert new.split == 1, "--resume none knows nothing of it"
+
+
+def test_a_best_model_of_the_future_is_not_shown(tmp_path: Path) -> None:
+    """Of steps that are done again: it would be deleted while somebody reads it."""
+    folder = RunFolder(tmp_path)
+    for step in (7, 9):
+        with folder.best_model(step) as aside:
+            (aside / "model.safetensors").write_bytes(b"x")
+    folder.rewind(0, 7)
+    assert (tmp_path / "best").resolve().name == "best-step-000007"
+    folder.rewind(0, None)
+    assert not (tmp_path / "best").is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("answers", "is_checkout", "expected"),
+    [
+        ({"rev-parse": "abc", "status": " M x"}, True, ("abc", True)),
+        ({"rev-parse": "abc", "status": ""}, True, ("abc", False)),
+        ({"rev-parse": "abc"}, True, ("abc", None)),
+        ({"rev-parse": "abc", "status": " M x"}, False, (None, None)),
+    ],
+)
+def test_what_git_does_not_say_is_not_recorded(
+    answers: dict[str, str],
+    is_checkout: bool,
+    expected: tuple[str | None, bool | None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It takes too long on a slow disk, or the checkout around an environment is another project's."""
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        if command[3] not in answers:
+            raise subprocess.TimeoutExpired(command, 10)
+        return subprocess.CompletedProcess(command, 0, answers[command[3]] + "\n")
+
+    monkeypatch.setattr(provenance.toolkit, "__file__", str(tmp_path / "toolkit" / "__init__.py"))
+    monkeypatch.setattr(subprocess, "run", run)
+    if is_checkout:
+        (tmp_path / ".git").mkdir()
+    found = provenance.provenance()
+    assert (found["commit"], found["uncommitted_changes"]) == expected
 
 
 def test_a_start_killed_at_once_leaves_a_folder_that_can_be_used(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_what_an_array_starts_otherwise_than_the_file_says(
         assert main(["submit", str(path)]) == 0
         shown = capsys.readouterr().out
         assert ("not launch/zero3.yaml of the command" in shown) == is_named
-        assert (f"LAUNCH={ROOT}/launch/zero3.yaml before" in shown) == is_named
+        assert (f"LAUNCH={ROOT}/launch/zero3.yaml in" in shown) == is_named
 
 
 def test_the_command_line_of_a_submission(

@@ -327,7 +327,7 @@ def test_ranks_that_do_not_come_together_are_no_running_run(
     assert main(tiny_flags) == 1
     status = read(only_run(tiny_flags) / "status.json")
     assert status["status"] == "crashed"
-    assert "did not come together: connection refused" in status["message"]
+    assert "could not start together: connection refused" in status["message"]
 
 
 @pytest.mark.parametrize(

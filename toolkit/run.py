@@ -70,11 +70,11 @@ def run(
             known = (folder.start, folder.split, point)
             folder.start, folder.split, point = runtime.from_main(known)
     except Exception as error:
-        folder.record_crash("crashed", message=f"the processes did not come together: {error}")
+        folder.record_crash("crashed", message=f"the processes could not start together: {error}")
         raise
     this = Run(config, tokens, encoder, folder, runtime, point, stop, restart)
-    this.watchdog.start()
     try:
+        this.watchdog.start()
         this.execute()
     except BaseException as error:
         return this.fail(error)
@@ -278,10 +278,13 @@ class Run:
         for warning in warnings:
             self.say(warning)
         if self.point:
+            runtime.phases.enter("start")  # each part may take as long as a phase may
             weights = read_weights(self.point) if runtime.is_main else {}
             runtime.load_weights(model, weights)
+        runtime.phases.enter("start")
         trainer = make_trainer(config, self.tokens, runtime, model)
         self.model, self.padded = trainer.model, trainer.padded
+        runtime.phases.enter("start")
         self.restore()
         return trainer
 
@@ -328,6 +331,11 @@ class Run:
         if gains_by_compiling(config, runtime, self.padded, num_steps - self.progress.step):
             self.say(
                 "  --compile would take a minute; on an H100 it made steps 1.8 to 3.8 times as fast"
+            )
+        if self.progress.split > 1:
+            self.say(
+                f"Each step's rows in {self.progress.split} times as many micro-batches, because memory "
+                "ran out before; --resume none forgets that"
             )
         if self.point:
             self.say(f"Going on after step {self.progress.step}, from {self.point}")

@@ -131,7 +131,7 @@ def open_folder(config: RunConfig, tokens: TokenCache, folder: RunFolder) -> Pat
     except CheckpointError as error:
         folder.set_status(error.status, message=str(error))
         raise
-    folder.open(point, is_own=is_in_place())
+    folder.open(point, is_own=is_in_place(), anew=resume == "none")
     return point
 
 

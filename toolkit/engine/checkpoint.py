@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from toolkit.engine.replicas import MOMENTS
 from toolkit.engine.runtime import Runtime
 from toolkit.files import sync, write_json
 from toolkit.record.checkpoints import (
@@ -122,22 +123,23 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
 
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     """Return all weights by name."""
-    return {name: tensor for kind, name, tensor in _tensors(checkpoint) if kind == "weight"}
+    return {name: tensor for _, name, tensor in _tensors(checkpoint, {"weight"})}
 
 
 def read_moments(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
     """Return AdamW's moments by parameter name."""
     moments: dict[str, dict[str, Tensor]] = {}
-    for kind, name, tensor in _tensors(checkpoint):
-        if kind != "weight":
-            moments.setdefault(name, {})[kind] = tensor
+    for kind, name, tensor in _tensors(checkpoint, set(MOMENTS)):
+        moments.setdefault(name, {})[kind] = tensor
     return moments
 
 
-def _tensors(checkpoint: Path) -> Iterator[tuple[str, str, Tensor]]:
+def _tensors(checkpoint: Path, wanted: set[str]) -> Iterator[tuple[str, str, Tensor]]:
+    """Read these kinds of tensors, and no others: all three are the size of the model."""
     for name in sorted(read_manifest(checkpoint)["files"]):
         if name.endswith(".safetensors"):
             with safe_open(checkpoint / name, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 - not a dictionary
                     kind, _, parameter = key.partition("/")
-                    yield kind, parameter, file.get_tensor(key)
+                    if kind in wanted:
+                        yield kind, parameter, file.get_tensor(key)

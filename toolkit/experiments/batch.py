@@ -52,13 +52,12 @@ def _hold_against_template(sweep: Sweep) -> None:
     usual = {f"{name}.yaml" for name in ("cpu", "gpu", "ddp")}
     files = [word for word in sweep.command if word.endswith((".yaml", ".yml"))]
     others = [word for word in files if Path(word).name not in usual]
-    if others and "LAUNCH" not in os.environ:
+    if others and not os.environ.get("LAUNCH"):
+        file = shlex.quote(str(Path(find(others[0])).resolve()))
         say(
-            f"An array takes the launch config that fits its nodes, not {others[0]} of the command:"
+            f"An array takes the launch config that fits its nodes, not {others[0]} of the command."
         )
-        say(
-            f"for that one, LAUNCH={shlex.quote(str(Path(find(others[0])).resolve()))} before what submits it"
-        )
+        say(f"For that one, submit it with LAUNCH={file} in the environment.")
 
 
 def task(argv: list[str]) -> int:

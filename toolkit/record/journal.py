@@ -118,15 +118,16 @@ class RunFolder:
                 raise ConfigError([f"{self.path} exists and is not a run folder; {hint}"])
             yield
 
-    def open(self, point: Path | None, *, is_own: bool = False) -> None:
+    def open(self, point: Path | None, *, is_own: bool = False, anew: bool = False) -> None:
         """Make a claimed folder ready to write: a new one, or what a checkpoint goes on from.
 
         Args:
             point: the checkpoint, or None to begin at the first step.
             is_own: the folder holds nothing but what this very start has written: without a
                 checkpoint, lines that are about to be written again.
+            anew: the user wants nothing of earlier starts, which may have run out of memory.
         """
-        self.split = int(self._read_status().get("split", 1))
+        self.split = 1 if anew else int(self._read_status().get("split", 1))
         self.start = uuid.uuid4().hex[:8]
         if point is None and is_own:
             self.rewind(0, None)
@@ -193,7 +194,9 @@ class RunFolder:
             os.truncate(self.path / "metrics.jsonl", length)
         else:
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
-        if best_step is not None:
+        if best_step is None:
+            (self.path / "best").unlink(missing_ok=True)
+        else:
             self._point_to_best(f"best-step-{best_step:06d}")
 
     def record_failure(self, status: str, message: str) -> None:

@@ -18,10 +18,11 @@ PACKAGES = (
 
 def provenance() -> dict[str, Any]:
     """Return what does not depend on the configuration. Holds no environment dump: keys live there."""
+    changes = _git("status", "--porcelain")
     return {
         "toolkit": toolkit.__version__,
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain")),
+        "uncommitted_changes": None if changes is None else bool(changes),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu_name(),
@@ -42,8 +43,12 @@ def _version(name: str) -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """Ask git about the toolkit's own checkout; None where it is not one."""
-    folder = Path(toolkit.__file__).parent
+    """Ask git about the toolkit's own checkout; None where it is not one, or git does not say."""
+    folder = Path(toolkit.__file__).resolve().parents[1]
+    if not (
+        folder / ".git"
+    ).exists():  # installed in an environment, which may lie in another checkout
+        return None
     command = ["git", "-C", str(folder), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
