@@ -29,7 +29,8 @@ def checked(labels: np.ndarray, groups: np.ndarray | None = None) -> CheckedSpli
     groups = np.full(len(labels), -1) if groups is None else groups
     split = Split("train", "rows", lambda: iter(()))
     usable = np.ones(len(labels), bool)
-    return CheckedSplit(split, labels, usable, groups, np.zeros(len(labels), int), [""])
+    texts = np.arange(len(labels))
+    return CheckedSplit(split, labels, usable, groups, texts, np.zeros(len(labels), int), [""])
 
 
 SIZES = {"seed": 0, "train_rows": None, "validation_rows": None, "test_rows": None}
@@ -104,6 +105,19 @@ def test_tokens_are_those_of_the_tokenizer(
     text = describe(cache)
     assert "longer than 10 tokens" in text
     assert "train           108 rows" in text
+
+
+def test_texts_on_both_sides_are_counted(tmp_path: Path, tiny_encoder: Path) -> None:
+    """A review dump has many twice; those of test that train has, too, make figures look better."""
+    (tmp_path / "data").mkdir()
+    for name, first in (("train", 0), ("validation", 45), ("test", 58)):
+        rows = [f"a story of {n},{('neg', 'pos')[n % 2]}" for n in range(first, first + 60)]
+        (tmp_path / "data" / f"{name}.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    cache = build_cache(DataSpec(str(tmp_path / "data")), tiny_encoder, tmp_path / "cache")
+    assert cache.meta["texts_in_train"] == {"validation": 15, "test": 2}
+    text = describe(cache)
+    assert "15 of the validation rows have a text that is in train, too" in text
+    assert "2 of the test rows" in text
 
 
 def test_a_tokenizer_without_a_first_token_is_refused(

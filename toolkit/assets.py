@@ -8,6 +8,7 @@ the hub, at a commit.
 
 import hashlib
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from toolkit.console import say
+from toolkit.console import complain, say
 from toolkit.errors import DataError
 from toolkit.files import lock, publish_folder
 
@@ -152,7 +153,7 @@ def hub_folder(
         kind: "model" or "dataset".
         revision: a commit, or a branch.
         patterns: the files to download.
-        required: patterns of which each has to match a file.
+        required: patterns of which each has to match a file, or all parts of one that is in parts.
         hint: what to type instead.
 
     Raises:
@@ -166,10 +167,15 @@ def hub_folder(
         if re.fullmatch("[0-9a-f]{40}", revision):  # a commit never changes: the cache is as good
             with suppress(LocalEntryNotFoundError):
                 folder = Path(get(allow_patterns=patterns, local_files_only=True))
-                if all(any(folder.glob(pattern)) for pattern in required):
+                if all(_is_whole(folder, pattern) for pattern in required):
                     return folder  # else other programs cached a part of it
         offline = not _hub_answers(repository, kind)
-        return Path(get(allow_patterns=patterns, local_files_only=offline))
+        folder = Path(get(allow_patterns=patterns, local_files_only=offline))
+        if offline and not all(_is_whole(folder, pattern) for pattern in required):
+            raise LocalEntryNotFoundError(f"{folder} is a part of it")
+        if offline and folder.name != revision and os.environ.get("LOCAL_RANK", "0") == "0":
+            complain(f"warning: the hub does not answer: {repository} is {folder.name}, as cached")
+        return folder
     except Exception as error:  # some ten types, from sockets to missing repositories; all end here
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if isinstance(error, LocalEntryNotFoundError):
@@ -181,6 +187,19 @@ def hub_folder(
                 "    or set HF_HOME to a cache that holds it"
             ]
         ) from error
+
+
+def _is_whole(folder: Path, pattern: str) -> bool:
+    """Tell whether files are there, and of `train-00000-of-00004.parquet` the three others, too."""
+    names = {path.name for path in folder.glob(pattern)}
+    parts = [re.fullmatch(r"(.*)-\d{5}-of-(\d{5})(.*)", name) for name in names]
+    wanted = {
+        f"{part[1]}-{number:05d}-of-{part[2]}{part[3]}"
+        for part in parts
+        if part
+        for number in range(int(part[2]))
+    }
+    return bool(names) and wanted <= names
 
 
 def _hub_answers(repository: str, kind: str) -> bool:

@@ -14,7 +14,7 @@ from toolkit.assets import TOKENIZER_FILES
 from toolkit.console import say
 from toolkit.data.cache import FORMAT_VERSION, SPLITS, TokenCache, open_cache
 from toolkit.data.rows import Source, SourceSpec
-from toolkit.data.selection import Selection, select
+from toolkit.data.selection import Selection, select, texts_in_train
 from toolkit.data.tokenise import Chunk, TokenWriter, load_tokenizer
 from toolkit.data.validate import CheckedSplit, check
 from toolkit.files import lock, publish_folder, write_json
@@ -97,6 +97,7 @@ def _build(
             "label_names": source.label_names,
             **writer.close(),
         }
+        meta["texts_in_train"] = texts_in_train(checked, selection)
         meta["source_rows"] = {name: len(split.usable) for name, split in checked.items()}
         meta["quarantined"] = {name: int((~split.usable).sum()) for name, split in checked.items()}
         write_json(aside / "meta.json", meta)

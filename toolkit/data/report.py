@@ -20,6 +20,11 @@ def describe(cache: TokenCache) -> str:
         ]
         where = cache.folder / "quarantine.jsonl"
         lines.append(f"  quarantined: {', '.join(counts)} rows, listed in {where}")
+    for name, count in meta.get("texts_in_train", {}).items():  # older caches do not know
+        if count:
+            lines.append(
+                f"  {count} of the {name} rows have a text that is in train, too: figures flatter"
+            )
     return "\n".join([*lines, f"  cache: {cache.folder}"])
 
 

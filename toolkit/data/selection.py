@@ -62,6 +62,14 @@ def select(
     return selection
 
 
+def texts_in_train(splits: Mapping[str, CheckedSplit], selection: Selection) -> dict[str, int]:
+    """Return how many rows of validation and test have a text that a training row has, too."""
+    texts = {name: splits[source].texts[rows] for name, (source, rows) in selection.items()}
+    return {
+        name: int(np.isin(texts[name], texts["train"]).sum()) for name in ("validation", "test")
+    }
+
+
 def default_validation_rows(train_rows: int) -> int:
     """Return the size of a validation split that nobody stated, for so many rows in all."""
     return max(2, min(int(train_rows * VALIDATION_SHARE), MAX_VALIDATION_ROWS))

@@ -36,6 +36,8 @@ class CheckedSplit:
     """0 or 1; meaningless where `usable` is False."""
     usable: np.ndarray
     groups: np.ndarray
+    texts: np.ndarray
+    """Hashes, of this process alone."""
     problem_codes: np.ndarray
     problem_kinds: list[str]
 
@@ -79,6 +81,7 @@ class _Scan:
     problem_codes: np.ndarray
     problem_kinds: list[str]
     groups: np.ndarray
+    texts: np.ndarray
 
     def labels(self) -> Counter[str]:
         """Count the labels of the rows that have no other problem."""
@@ -89,7 +92,7 @@ class _Scan:
 
 
 def _scan(split: Split) -> _Scan:
-    labels, problems, groups = array("H"), array("H"), array("q")
+    labels, problems, groups, texts = array("H"), array("H"), array("q"), array("q")
     # usual labels have their numbers from the start, so that no flood of others displaces them
     label_codes = {value: code for code, value in enumerate(sorted(set(sum(USUAL_PAIRS, ()))))}
     problem_codes = {"": 0}
@@ -97,6 +100,7 @@ def _scan(split: Split) -> _Scan:
         labels.append(_code(label_codes, canonical(row.label)[:40]))
         problems.append(_code(problem_codes, row.problem or ""))
         groups.append(row.group)
+        texts.append(hash(row.text))
     if not labels:
         raise DataError([f"{split.origin}: has no rows"])
     return _Scan(
@@ -106,6 +110,7 @@ def _scan(split: Split) -> _Scan:
         np.frombuffer(problems, np.uint16),
         list(problem_codes),
         np.frombuffer(groups, np.int64),
+        np.frombuffer(texts, np.int64),
     )
 
 
@@ -154,9 +159,9 @@ def _apply_labels(scan: _Scan, values: tuple[str, str] | None) -> CheckedSplit:
             problem_of_code[code] = len(kinds)
             kinds.append(f"label {kind!r}, which is neither {values[0]!r} nor {values[1]!r}")
     problems = np.where(scan.problem_codes, scan.problem_codes, problem_of_code[scan.label_codes])
-    return CheckedSplit(
-        scan.split, class_of_code[scan.label_codes], problems == 0, scan.groups, problems, kinds
-    )
+    labels = class_of_code[scan.label_codes]
+    usable = problems == 0
+    return CheckedSplit(scan.split, labels, usable, scan.groups, scan.texts, problems, kinds)
 
 
 def _row_problems(split: CheckedSplit, *, only_unclear: bool) -> list[str]:
