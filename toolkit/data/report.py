@@ -20,11 +20,10 @@ def describe(cache: TokenCache) -> str:
         ]
         where = cache.folder / "quarantine.jsonl"
         lines.append(f"  quarantined: {', '.join(counts)} rows, listed in {where}")
-    for name, count in meta.get("texts_in_train", {}).items():  # older caches do not know
-        if count:
-            lines.append(
-                f"  {count} of the {name} rows have a text that is in train, too: figures flatter"
-            )
+    twice = {name: n for name, n in meta.get("texts_in_train", {}).items() if n}  # older: unknown
+    if twice:
+        counts = [f"{n} of {meta['splits'][name]['rows']} {name} rows" for name, n in twice.items()]
+        lines.append(f"  with a text that is in train, too: {', '.join(counts)}")
     return "\n".join([*lines, f"  cache: {cache.folder}"])
 
 
