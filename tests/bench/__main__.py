@@ -1,6 +1,7 @@
 """How fast are we, next to the Hugging Face Trainer and to Accelerate's example loop?
 
     python -m tests.bench --repeats 5                              40 minutes on two cores
+    python -m tests.bench --dataset snippets --rows 1600 --test_rows 560     short reviews
     python -m tests.bench.gpu                                      all that is asked of a GPU
 
 All train the same rows with the same encoder, tokens, batch size, epochs, rate and threads, each run
@@ -43,6 +44,8 @@ ON_A_GPU = ("ours_compiled", "trainer_compiled")
 """On a CPU the lengths make the Trainer's model compile again and again, and ours gained 4 %, once."""
 VALIDATION_ROWS = 32
 """By their loss ours picks the model that it tests: nearly always the last one, which peers test."""
+DATASETS = ("amazon_polarity", "snippets")
+"""The first as far as lengths go; the second, short ones, as it is, 1,690 rows of training at most."""
 SHAPE_ONLY = "bert-base-shape"
 """See `tests.bench.encoder`."""
 
@@ -51,7 +54,9 @@ def shared_parser(about: str | None = __doc__) -> argparse.ArgumentParser:
     """Return the options that every contender has to know, and the first line about the program."""
     parser = argparse.ArgumentParser(description=(about or "").split("\n")[0])
     parser.add_argument("--encoder", default="minilm")
+    parser.add_argument("--dataset", choices=DATASETS, default=DATASETS[0])
     parser.add_argument("--rows", type=int, default=480, help="training rows of an epoch")
+    parser.add_argument("--test_rows", type=int, default=640)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--eval_batch", type=int, default=16, help="rows in a peer's evaluation")
     parser.add_argument("--max_length", type=int, default=256)
@@ -64,9 +69,11 @@ def shared_parser(about: str | None = __doc__) -> argparse.ArgumentParser:
 
 def flags_of(options: argparse.Namespace) -> list[str]:
     """Return our flags for the same run."""
+    written = [f"--dataset_path={options.folder / 'hub'}"]
+    chosen = [f"--train_rows={options.rows}", f"--test_rows={options.test_rows}"]
     return [
-        *(f"--encoder={options.encoder}", "--dataset=amazon_polarity"),
-        f"--dataset_path={options.folder / 'hub'}",
+        *(f"--encoder={options.encoder}", f"--dataset={options.dataset}"),
+        *(written if options.dataset == DATASETS[0] else chosen),
         f"--cache_dir={options.folder / 'cache'}",
         f"--output_dir={options.folder / 'runs'}",
         *("--head=v1", "--epochs=2", "--best_metric=loss", f"--validation_rows={VALIDATION_ROWS}"),
@@ -92,10 +99,12 @@ def prepare_encoder(options: argparse.Namespace) -> None:
         options.encoder = str(write_whole_encoder(options.folder / "encoder", shared.parent))
 
 
-def write_reviews(options: argparse.Namespace, test_rows: int) -> None:
-    """Write the data, with rows of their own for our validation split."""
+def write_reviews(options: argparse.Namespace) -> None:
+    """Write the data, with rows of their own for our validation split, unless they are there."""
+    if options.dataset != DATASETS[0]:
+        return
     hub, train_rows = options.folder / "hub", options.rows + VALIDATION_ROWS
-    write_hub_folder(cache_dir(RunConfig()), hub, train_rows, test_rows)
+    write_hub_folder(cache_dir(RunConfig()), hub, train_rows, options.test_rows)
 
 
 def ours(name: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -172,7 +181,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     default = CONTENDERS + (ON_A_GPU if torch.cuda.is_available() else ())
     parser.add_argument("--only", nargs="+", choices=CONTENDERS + ON_A_GPU, default=default)
-    parser.add_argument("--test_rows", type=int, default=640)
     parser.add_argument("--out", type=Path, default=Path("bench.json"), help="all figures as JSON")
     options = parser.parse_args(arguments)
     if options.rows % options.batch_size or options.rows < 2 * options.batch_size:
@@ -184,7 +192,7 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         options.folder = Path(scratch)
         prepare_encoder(options)
-        write_reviews(options, options.test_rows)
+        write_reviews(options)
         tokens, encoder = prepare_data(config_of(options))
         peaks = limits.measure(options.threads)
         turns = take_turns(options, tokens)

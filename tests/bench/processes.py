@@ -1,6 +1,6 @@
 """What does it cost to share a step between two gloo processes on this machine's cores?
 
-    python -m tests.bench.processes --repeats 5 --batch_sizes 16 64
+    python -m tests.bench.processes --repeats 2 --batch_sizes 16 64 256 --rows 1536
     python -m tests.bench.processes --repeats 3 --batch_sizes 64 --launches cpu2 zero1 zero2 zero3
 
 The same runs as in `tests.bench`, in turns. Ratios are of reviews/s in steps, over one process with all
@@ -41,13 +41,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--launches", nargs="+", default=["cpu2"], choices=LAUNCHES)
+    parser.set_defaults(test_rows=16)
     options = parser.parse_args()
     if options.launches == ["cpu2"]:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # it would turn DeepSpeed off
     with tempfile.TemporaryDirectory() as scratch:
         options.folder = Path(scratch)
         prepare_encoder(options)
-        write_reviews(options, test_rows=16)
+        write_reviews(options)
         for batch_size in options.batch_sizes:
             options.batch_size = batch_size
             names = ["cpu", *options.launches]
