@@ -172,7 +172,10 @@ def test_asked_to_stop_while_evaluating(
     assert subject.status["status"] == "preempted"
     assert subject.steps("eval") == [7]
     assert subject.steps()[-1] == 14
-    assert subject.run("term@finish:0:54") == 0, "too late to stop: the run is complete"
+    assert subject.run("kill@finish:0:54") != 0
+    assert subject.run("term@evaluate:1:0") != 0, "all steps are done: it is the final test's"
+    assert subject.status["status"] == "preempted"
+    assert subject.run("term@finish:0:0") == 0, "too late to stop: the run is complete"
     ours, theirs = subject.result(), uninterrupted(2).result()
     assert all(ours[key] == theirs[key] for key in ("step", "state", "best"))
     assert subject.steps("eval") == uninterrupted(2).steps("eval")

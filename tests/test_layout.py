@@ -202,6 +202,7 @@ def test_readme_names_real_things() -> None:
         "kills",
         "out",
         "repeats",
+        "only",
         "batch_sizes",
     }
     flags -= {"jobs", "throttle", "rate", "retry_failed", "search", "sampler", "trials"}  # of sweep

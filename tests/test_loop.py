@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.kernels import use_kernels
 from tests.tiny import make_trainer
 from toolkit.config import RunConfig
-from toolkit.engine import estimate, runtime, step
+from toolkit.engine import runtime, step, timing
 from toolkit.engine.lookups import Lookups, embeddings
 from toolkit.engine.loop import Hooks, train
 from toolkit.engine.optim import build_optimizer, set_rates
@@ -208,9 +208,9 @@ def test_steps_that_are_timed_leave_none_begun(
     monkeypatch.setattr(Runtime, "begins_ahead", True)
     trainer = make_trainer(split, tiny_encoder)
     calls = note_calls(trainer, monkeypatch)
-    estimate._run_steps(trainer, 3, compiled=False)
+    timing.run_steps(trainer, 3, compiled=False)
     begun = [call for call in calls if call.startswith("begin")]
-    assert len(begun) == calls.count("update") == estimate.WARM_STEPS + estimate.TIMED_STEPS
+    assert len(begun) == calls.count("update") == timing.WARM_STEPS + timing.TIMED_STEPS
 
 
 class Course:

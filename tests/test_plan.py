@@ -18,7 +18,7 @@ from toolkit import plan as plan_module
 from toolkit import ranks as ranks_module
 from toolkit.data.cache import TokenSplit
 from toolkit.data.steps import Stream
-from toolkit.engine import estimate, memory
+from toolkit.engine import estimate, memory, timing
 from toolkit.engine.estimate import Activations
 from toolkit.engine.optim import OptimSpec
 from toolkit.engine.trainer import LoopSpec, Trainer, deal_slots, summed_loss
@@ -270,7 +270,7 @@ def test_memory_follows_the_micro_batch(
         seconds = 0.2 + 0.3 * number + 10 * rows * 0.001
         return 10.0 * rows, seconds, 7_000 + 300 + 10 * rows * 50
 
-    monkeypatch.setattr(estimate, "_run_steps", steps)
+    monkeypatch.setattr(estimate, "run_steps", steps)
     rates, kept = estimate.measure(trainer, standing=7_000, compiled=True)
     assert rates.fixed == pytest.approx(0.5)
     assert rates.per_token == pytest.approx(0.001)
@@ -299,10 +299,25 @@ def test_activations_with_micro_batches(split: TokenSplit, tiny_encoder: Path) -
 def test_compiled_steps_count_once_their_sizes_were_met() -> None:
     """A GPU begins the next step, too, and a size is run, then captured, then replayed."""
     a, b = [(64, 9)], [(80, 9)]
-    assert estimate.settled([a, a, a, a, b]) == [False, False, True, False, False]
-    assert estimate.settled([a, b, a, b, b, a, b]) == [False] * 4 + [True, True, False]
+    assert timing.settled([a, a, a, a, b]) == [False, False, True, False, False]
+    assert timing.settled([a, b, a, b, b, a, b]) == [False] * 4 + [True, True, False]
     both = [*a, *b]
-    assert estimate.settled([a, a, both, both, both, a]) == [False] * 4 + [True, False]
+    assert timing.settled([a, a, both, both, both, a]) == [False] * 4 + [True, False]
+
+
+def test_all_ranks_time_the_same_steps(
+    split: TokenSplit, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one of them would wait for the others for ever."""
+    trainer = make_trainer(split, tiny_encoder, max_steps=60)
+    alone = timing.first_settled(trainer)
+    other = [step % 2 == 0 for step in range(60)]  # what another rank has settled
+    monkeypatch.setattr(trainer.runtime, "world_size", 2)
+    monkeypatch.setattr(trainer.runtime, "sum", lambda here: here + torch.tensor(other).float())
+    monkeypatch.setattr(timing, "sizes_of", lambda *_: [[(64, 9)]] * 60)
+    counts = timing.first_settled(trainer)
+    assert [step for step, counted in enumerate(counts) if counted] == [*range(2, 22, 2)]
+    assert len(alone) != len(counts) == 22
 
 
 def test_timed_steps_of_a_compiled_model_are_replays(
@@ -315,24 +330,24 @@ def test_timed_steps_of_a_compiled_model_are_replays(
 
     def step(smaller: Trainer, progress: Any, *_: Any) -> None:
         nonlocal clock
-        [size] = estimate.sizes_of(smaller, progress.step + 1)[-1]
-        new = taken.count(size[0]) < estimate.MET
+        [size] = timing.sizes_of(smaller, progress.step + 1)[-1]
+        new = taken.count(size[0]) < timing.MET
         taken.append(size[0])
         clock += 7.0 if new else 0.5
         progress.recent.computed_tokens += size[0]
         progress.step += 1
 
-    monkeypatch.setattr(estimate, "train_step", step)
+    monkeypatch.setattr(timing, "train_step", step)
     monkeypatch.setattr(time, "perf_counter", lambda: clock)
-    tokens, seconds, _ = estimate._run_steps(trainer, 4, compiled=True)
+    tokens, seconds, _ = timing.run_steps(trainer, 4, compiled=True)
     assert seconds == 0.5
-    assert len(taken) > estimate.WARM_STEPS + estimate.TIMED_STEPS
+    assert len(taken) > timing.WARM_STEPS + timing.TIMED_STEPS
     assert min(taken) < tokens < max(taken)
-    replays = [taken[:place].count(size) >= estimate.MET for place, size in enumerate(taken)]
-    assert sum(replays) >= estimate.TIMED_STEPS
+    replays = [taken[:place].count(size) >= timing.MET for place, size in enumerate(taken)]
+    assert sum(replays) >= timing.TIMED_STEPS
     taken.clear()
-    estimate._run_steps(trainer, 4, compiled=False)
-    assert len(taken) == estimate.WARM_STEPS + estimate.TIMED_STEPS
+    timing.run_steps(trainer, 4, compiled=False)
+    assert len(taken) == timing.WARM_STEPS + timing.TIMED_STEPS
 
 
 def test_what_a_gpu_does_not_compile_is_named(

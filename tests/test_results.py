@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from toolkit.config import RunConfig
@@ -180,6 +181,26 @@ def test_the_command_writes_table_and_models(
     assert (tmp_path / "best_bert_model_v1.pth").exists()
     assert len((tmp_path / "bert_experiment_results.csv").read_text().splitlines()) == 4
     assert "| experiment |" in (tmp_path / "bert_experiment_results.md").read_text()
+
+
+def test_a_model_that_is_missing_stops_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what is written is never beside the configuration of another one."""
+    first, second = make_run(tmp_path, 0.9, head="v1"), make_run(tmp_path, 0.8, head="v2")
+    gone = tmp_path / f"v1-{first.hash()[:6]}" / "best" / "model.safetensors"
+    gone.unlink()
+    found = results.settings(results.summaries(tmp_path))
+    written = {path.name for path in tables.write_all(tmp_path, found)}
+    assert {"best_bert_model_v2.pth", "best_bert_model_v2_config.json"} <= written
+    assert not (tmp_path / "best_bert_model_v1.pth").exists()
+    assert f"warning: {gone} is missing" in capsys.readouterr().err
+
+    kept = tmp_path / f"v2-{second.hash()[:6]}" / "best" / "model.safetensors"
+    kept.write_bytes(b"damaged")
+    with pytest.raises(SafetensorError):
+        tables.write_all(tmp_path, found)
+    assert not (tmp_path / "best_bert_model_v2_config.json").exists()
 
 
 def test_seeds_are_pooled_in_a_table_of_settings(

@@ -330,7 +330,7 @@ class Run:
             )
         if gains_by_compiling(config, runtime, self.padded, num_steps - self.progress.step):
             self.say(
-                "  --compile would take a minute; on an H100 it made steps 1.8 to 3.8 times as fast"
+                "  --compile would take a minute; on an H100 it made steps 1.9 to 3 times as fast"
             )
         if self.progress.split > 1:
             self.say(

@@ -53,9 +53,9 @@ def main(argv: list[str] | None = None) -> int:
             complain(str(error))
         return error.exit_code
     except (ToolkitError, OSError) as error:
-        if turn.is_first:
+        if turn.is_first or isinstance(error, OSError):  # which may be this rank's alone
             complain(f"error: {error}")
-        else:
+        if not turn.is_first:
             time.sleep(5)  # the launcher ends all processes with the first that fails: let it speak
         return getattr(error, "exit_code", 1)
     except Exception:
@@ -73,11 +73,12 @@ def start(config: RunConfig, turn: Turn, stop: Stop) -> int:
         with stop.raising(), turn.in_order():
             tokens, encoder = prepare_data(config)
         refuse_no_steps(config, tokens)
-    except (ToolkitError, OSError) as error:
+    except Exception as error:
         # a library may have made something else of `Preempted`
         failure = Preempted() if stop.requested else error
         if turn.is_main and not config.dry_run:
-            folder.record_failure(getattr(failure, "status", "io_error"), str(failure))
+            other = "io_error" if isinstance(failure, OSError) else "crashed"
+            folder.record_failure(getattr(failure, "status", other), str(failure))
             if config.track == "wandb" and is_agents_run() and stop.by_scheduler:
                 give_back(wandb_arguments(*config.wandb_place))
         raise failure from error

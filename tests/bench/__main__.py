@@ -1,6 +1,6 @@
 """How fast are we, next to the Hugging Face Trainer and to Accelerate's example loop?
 
-    python -m tests.bench --repeats 5                              40 minutes on two cores
+    python -m tests.bench --repeats 5                              45 minutes on two cores
     python -m tests.bench --dataset snippets --rows 1600 --test_rows 560     short reviews
     python -m tests.bench.gpu                                      all that is asked of a GPU
 

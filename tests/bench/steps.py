@@ -30,10 +30,10 @@ from tests.bench.peers import PEERS
 from toolkit.config import RunConfig
 from toolkit.console import say
 from toolkit.data.cache import TokenCache, TokenSplit
-from toolkit.engine.estimate import MET, settled, sizes_of
 from toolkit.engine.memory import forget_peak, peak_bytes
 from toolkit.engine.runtime import Runtime
 from toolkit.engine.step import Wants, train_step
+from toolkit.engine.timing import MET, settled, sizes_of
 from toolkit.engine.totals import Progress
 from toolkit.engine.trainer import Trainer
 from toolkit.model.classifier import ClassifierSpec, build_classifier

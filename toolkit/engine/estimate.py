@@ -7,12 +7,9 @@ against runs.
 """
 
 import statistics
-import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate, pairwise
 from typing import Literal
 
 import numpy as np
@@ -22,19 +19,11 @@ from torch import Tensor
 from toolkit.data.batches import make_batch
 from toolkit.data.steps import cost, runs_within
 from toolkit.engine.memory import forget_peak, peak_bytes
-from toolkit.engine.step import Wants, train_step
-from toolkit.engine.totals import Progress
-from toolkit.engine.trainer import Trainer, deal_rows, deal_slots, micro_batches, summed_loss
+from toolkit.engine.timing import run_steps
+from toolkit.engine.trainer import Trainer, deal_rows, deal_slots, summed_loss
 
 FLOAT = 4
 SAMPLE_STEPS = 20
-TIMED_STEPS = 10
-WARM_STEPS = 4
-"""ZeRO-3 settles later than others do."""
-MET = 2
-"""How often a compiled step's sizes are met before it counts: one is run, captured, then replayed."""
-MOST_STEPS = 400
-"""To have so many of a compiled run."""
 
 Kind = Literal["replicas", "zero1", "zero2", "zero2_offload", "zero3"]
 
@@ -178,15 +167,15 @@ def measure(trainer: Trainer, standing: float, compiled: bool) -> tuple[Rates, A
     """
     one, sizes = in_one_piece(trainer), work(trainer, world_size=1)
     full = max(1, round(sizes.largest / sizes.per_review))
-    few, short, little = _run_steps(one, max(1, full // 4), compiled)
-    many, long, much = _run_steps(one, full, compiled)
+    few, short, little = run_steps(one, max(1, full // 4), compiled)
+    many, long, much = run_steps(one, full, compiled)
     if many == few:
         few = short = little = 0
     per_token = max(0.0, (long - short) / (many - few))
     fixed = max(0.0, long - per_token * many)
     launching = 0.0
     if sizes.micro_batches > 1:
-        tokens, whole, _ = _run_steps(trainer, trainer.stream.batch_size, compiled)
+        tokens, whole, _ = run_steps(trainer, trainer.stream.batch_size, compiled)
         more = (whole - fixed - per_token * tokens) / (sizes.micro_batches - 1)
         launching = min(fixed, max(0.0, more))
     growth = max(1.0, (much - little) / (many - few))
@@ -198,7 +187,7 @@ def measure(trainer: Trainer, standing: float, compiled: bool) -> tuple[Rates, A
 
 def step_seconds(trainer: Trainer, compiled: bool) -> float:
     """Take a few steps of the run, on all ranks; return the median of their seconds."""
-    return _run_steps(trainer, trainer.stream.batch_size, compiled)[1]
+    return run_steps(trainer, trainer.stream.batch_size, compiled)[1]
 
 
 def measure_scoring(trainer: Trainer, eval_tokens: int, standing: float) -> float:
@@ -212,68 +201,6 @@ def measure_scoring(trainer: Trainer, eval_tokens: int, standing: float) -> floa
     with torch.no_grad():
         summed_loss(trainer, batch)
     return max(0.0, peak_bytes(trainer.runtime.device) - standing)
-
-
-def _run_steps(trainer: Trainer, batch_size: int, compiled: bool) -> tuple[float, float, float]:
-    """Return the mean of the steps' tokens, the median of their seconds, the peak of the memory."""
-    smaller = _few_steps(trainer, batch_size, MOST_STEPS if compiled else WARM_STEPS + TIMED_STEPS)
-    counts = [step >= WARM_STEPS for step in range(smaller.stream.num_steps)]
-    if compiled:
-        counts = first_settled(smaller)
-        smaller = _few_steps(trainer, batch_size, len(counts))  # and none is begun behind the last
-    forget_peak(trainer.runtime.device)
-    trainer.model.train()
-    progress, report = Progress(), None
-    seconds, tokens = [], []
-    for counted in counts:
-        before, started = progress.recent.computed_tokens, time.perf_counter()
-        report = train_step(smaller, progress, Wants(), report)
-        if counted:
-            seconds.append(time.perf_counter() - started)
-            tokens.append(progress.recent.computed_tokens - before)
-    peak = peak_bytes(trainer.runtime.device)
-    return statistics.mean(tokens), statistics.median(seconds), peak
-
-
-def _few_steps(trainer: Trainer, batch_size: int, steps: int) -> Trainer:
-    """Return the same with so many steps of so many rows, however few rows there are."""
-    stream = replace(
-        trainer.stream, batch_size=batch_size, epochs=batch_size * steps, max_steps=steps
-    )
-    return replace(trainer, stream=stream)
-
-
-Size = tuple[int, int]
-"""What kernels are made for and graphs captured for: tokens and sequences of a micro-batch."""
-
-
-def sizes_of(trainer: Trainer, steps: int) -> list[list[Size]]:
-    """Return the sizes of this rank's micro-batches in the first steps."""
-    return [
-        [
-            (batch.computed_tokens, 0 if batch.bounds is None else len(batch.bounds))
-            for batch in micro_batches(trainer, step)
-        ]
-        for step in range(steps)
-    ]
-
-
-def settled(sizes: list[list[Size]]) -> list[bool]:
-    """Tell which steps have sizes that were met before, as has the next one, which a GPU begins, too."""
-    met, found = Counter[Size](), []
-    for now, following in pairwise([*sizes, []]):
-        found.append(bool(following) and all(met[size] >= MET for size in (*now, *following)))
-        met.update(now)
-    return found
-
-
-def first_settled(trainer: Trainer) -> list[bool]:
-    """Return which of the steps count, until enough do; all that come after a while, if too few do."""
-    counts = settled(sizes_of(trainer, trainer.stream.num_steps))
-    for step, so_far in enumerate(accumulate(counts)):
-        if so_far == TIMED_STEPS:
-            return [*counts[: step + 1], False]  # none is begun behind the last
-    return [step >= WARM_STEPS for step in range(len(counts))]
 
 
 def stated(tflops: float, bandwidth_gb: float, flops_per_token: float, parameters: int) -> Rates:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from toolkit.console import say
+from toolkit.console import complain, say
 from toolkit.experiments.results import (
     COLUMNS,
     METRICS,
@@ -188,8 +188,15 @@ def write_all(folder: Path, found: list[Setting]) -> list[Path]:
     written = [folder / CSV_NAME, folder / "bert_experiment_results.md"]
     for head, run in best_by_head(found).items():
         model = folder / f"best_bert_model_{head}.pth"
-        save_state_dict(run["folder"] / "best" / "model.safetensors", model)
         config = folder / f"best_bert_model_{head}_config.json"
+        weights = run["folder"] / "best" / "model.safetensors"
+        if not weights.exists():
+            complain(f"warning: {weights} is missing, so {model} is not written")
+            continue
+        config.unlink(
+            missing_ok=True
+        )  # a reader finds it with the weights that it is of, or not at all
+        save_state_dict(weights, model)
         about = {name: run[name] for name in ("run_id", "config_hash", "config", "test")}
         write_json(config, {"experiment": name_of(run)} | about)
         written += [model, config]

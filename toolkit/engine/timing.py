@@ -1,0 +1,89 @@
+"""How long does a step take? A few of a run's own steps, timed once they have settled."""
+
+import statistics
+import time
+from collections import Counter
+from dataclasses import replace
+from itertools import accumulate, pairwise
+
+import torch
+
+from toolkit.engine.memory import forget_peak, peak_bytes
+from toolkit.engine.step import Wants, train_step
+from toolkit.engine.totals import Progress
+from toolkit.engine.trainer import Trainer, micro_batches
+
+TIMED_STEPS = 10
+WARM_STEPS = 4
+"""ZeRO-3 settles later than others do."""
+MET = 2
+"""How often a compiled step's sizes are met before it counts: one is run, captured, then replayed."""
+MOST_STEPS = 400
+"""To have so many of a compiled run."""
+
+Size = tuple[int, int]
+"""What kernels are made for and graphs captured for: tokens and sequences of a micro-batch."""
+
+
+def run_steps(trainer: Trainer, batch_size: int, compiled: bool) -> tuple[float, float, float]:
+    """Return the mean of the steps' tokens, the median of their seconds, the peak of the memory."""
+    smaller = _few_steps(trainer, batch_size, MOST_STEPS if compiled else WARM_STEPS + TIMED_STEPS)
+    counts = [step >= WARM_STEPS for step in range(smaller.stream.num_steps)]
+    if compiled:
+        counts = first_settled(smaller)
+        smaller = _few_steps(trainer, batch_size, len(counts))  # and none is begun behind the last
+    forget_peak(trainer.runtime.device)
+    trainer.model.train()
+    progress, report = Progress(), None
+    seconds, tokens = [], []
+    for counted in counts:
+        before, started = progress.recent.computed_tokens, time.perf_counter()
+        report = train_step(smaller, progress, Wants(), report)
+        if counted:
+            seconds.append(time.perf_counter() - started)
+            tokens.append(progress.recent.computed_tokens - before)
+    peak = peak_bytes(trainer.runtime.device)
+    return statistics.mean(tokens), statistics.median(seconds), peak
+
+
+def _few_steps(trainer: Trainer, batch_size: int, steps: int) -> Trainer:
+    """Return the same with so many steps of so many rows, however few rows there are."""
+    stream = replace(
+        trainer.stream, batch_size=batch_size, epochs=batch_size * steps, max_steps=steps
+    )
+    return replace(trainer, stream=stream)
+
+
+def sizes_of(trainer: Trainer, steps: int) -> list[list[Size]]:
+    """Return the sizes of this rank's micro-batches in the first steps."""
+    return [
+        [
+            (batch.computed_tokens, 0 if batch.bounds is None else len(batch.bounds))
+            for batch in micro_batches(trainer, step)
+        ]
+        for step in range(steps)
+    ]
+
+
+def settled(sizes: list[list[Size]]) -> list[bool]:
+    """Tell which steps have sizes that were met before, as has the next one, which a GPU begins, too."""
+    met, found = Counter[Size](), []
+    for now, following in pairwise([*sizes, []]):
+        found.append(bool(following) and all(met[size] >= MET for size in (*now, *following)))
+        met.update(now)
+    return found
+
+
+def first_settled(trainer: Trainer) -> list[bool]:
+    """Return which of the steps count, until enough do; all that come after a while, if too few do.
+
+    The same on all ranks: a step waits for the one that has a size to capture.
+    """
+    runtime = trainer.runtime
+    here = settled(sizes_of(trainer, trainer.stream.num_steps))
+    ranks = runtime.sum(torch.tensor(here, dtype=torch.float32, device=runtime.device))
+    counts = (ranks == runtime.world_size).tolist()
+    for step, so_far in enumerate(accumulate(counts)):
+        if so_far == TIMED_STEPS:
+            return [*counts[: step + 1], False]  # none is begun behind the last
+    return [step >= WARM_STEPS for step in range(len(counts))]
