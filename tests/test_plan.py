@@ -341,7 +341,7 @@ def test_timed_steps_of_a_compiled_model_are_replays(
     monkeypatch.setattr(time, "perf_counter", lambda: clock)
     tokens, seconds, _ = timing.run_steps(trainer, 4, compiled=True)
     assert seconds == 0.5
-    assert len(taken) > timing.WARM_STEPS + timing.TIMED_STEPS
+    assert timing.WARM_STEPS + timing.TIMED_STEPS < len(taken) < timing.MOST_STEPS
     assert min(taken) < tokens < max(taken)
     replays = [taken[:place].count(size) >= timing.MET for place, size in enumerate(taken)]
     assert sum(replays) >= timing.TIMED_STEPS
