@@ -154,21 +154,19 @@ def conclusions(found: list[Setting]) -> list[str]:
             "Holm's correction for the number of comparisons; seeds of one setting are pooled). The "
             "best of many is chosen on these rows, so its own figure is on the lucky side."
         )
-        fewest = min(len(setting.runs) for setting in [best, *rivals])
-        lines.append(
-            "That is the chance of the test rows. "
-            + (
-                "Some settings have one seed"
-                if fewest == 1
-                else f"With {fewest} seeds or more each"
-            )
-            + (
-                ": it is these trained models that differ, another seed may turn out otherwise."
-                if fewest == 1
-                else ", the spread of their runs above tells what a seed does."
-            )
-        )
+        lines.append(f"That is the chance of the test rows. {_of_seeds([best, *rivals])}")
     return lines
+
+
+def _of_seeds(settings: list[Setting]) -> str:
+    """Say what is known of the chance that the test leaves out: which seed a model was trained with."""
+    fewest = min(len(setting.runs) for setting in settings)
+    if fewest > 1:
+        return f"With {fewest} seeds or more each, the spread of runs above tells what a seed does."
+    return (
+        "Some settings have one seed: it is these trained models that differ, another seed may turn out "
+        "otherwise."
+    )
 
 
 def _describe(row: dict[str, Any]) -> str:
@@ -193,9 +191,8 @@ def write_all(folder: Path, found: list[Setting]) -> list[Path]:
         if not weights.exists():
             complain(f"warning: {weights} is missing, so {model} is not written")
             continue
-        config.unlink(
-            missing_ok=True
-        )  # a reader finds it with the weights that it is of, or not at all
+        # a reader finds it beside the weights that it is of, or not at all
+        config.unlink(missing_ok=True)
         save_state_dict(weights, model)
         about = {name: run[name] for name in ("run_id", "config_hash", "config", "test")}
         write_json(config, {"experiment": name_of(run)} | about)
