@@ -315,7 +315,7 @@ def report(
     )
     if ground.compiled:
         say("DeepSpeed runs no compiled model: ZeRO is left out")
-    say("")
+    say()
     say(
         f"{'launch':<20} ranks  GiB a rank  reviews that fit        step  reviews/s     run"
         f"  device hours{'   price' if options.price else ''}"

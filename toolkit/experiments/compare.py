@@ -7,11 +7,11 @@ are counted (an approximate randomisation test: Yeh, More accurate tests for the
 significance of result differences, COLING 2000). Seeds of one setting are swapped together, as
 they judge the same review. P-values are adjusted for the number of comparisons by Holm's method.
 
-The best is chosen on the same rows, so what follows from a small p-value is that a setting is not the
-best of all, and no more than that of the chosen one (Hsu, Constrained simultaneous confidence intervals
-for multiple comparisons with the best, Annals of Statistics 1984): the one that truly is the best is
-called otherwise one time in twenty at most. Chance is that of the test rows; what another seed would
-make of a setting is known from its seeds alone.
+The best is chosen on the same rows. So a small p-value says that a setting is not the best of all; it
+does not say that this one, which looks best, is better than it (Hsu, Constrained simultaneous confidence
+intervals for multiple comparisons with the best, Annals of Statistics 1984). Whichever truly is the best
+is called "not the best" one time in twenty at most. All this is the chance of the test rows: what another
+seed would make of a setting is known from its seeds alone.
 """
 
 from dataclasses import dataclass
