@@ -60,6 +60,44 @@ def test_results_and_gradients(lengths: list[int], dtype: torch.dtype, tolerance
     assert relative(joint.grad, exact.grad) < tolerance
 
 
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_without_a_backward_pass(lengths: list[int]) -> None:
+    """Through torch's attention, whether or not this CPU has tiles."""
+    joint, bounds = make_joint(lengths, torch.bfloat16)
+    with torch.no_grad():
+        found = products.without_weights(joint, bounds, 0.3)
+        expected = attend_with_torch(joint.float(), bounds)
+    assert found.dtype == torch.bfloat16
+    assert relative(found, expected) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("tiles", "dtype", "trains", "expected"),
+    [
+        (True, torch.bfloat16, False, True),
+        (True, torch.bfloat16, True, False),
+        (True, torch.float32, False, False),
+        (False, torch.bfloat16, False, False),
+    ],
+)
+def test_torchs_attention_is_taken_where_it_is_faster(
+    tiles: bool,
+    dtype: torch.dtype,
+    trains: bool,
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": tiles})
+    plain = products.without_weights
+    monkeypatch.setattr(
+        products, "without_weights", lambda *inputs: calls.append(1) or plain(*inputs)
+    )
+    joint, bounds = make_joint([24, 40], dtype)
+    found = products.attend(joint.requires_grad_(trains), bounds, 0.3)
+    assert (bool(calls), found.requires_grad) == (expected, trains)
+
+
 def test_bf16_is_as_exact_as_torchs_own() -> None:
     """By its products, as `attn_implementation="eager"` has them: large scores are rounded by 0.1."""
     joint, bounds = make_joint([24, 40, 9], torch.float32)
@@ -87,7 +125,8 @@ def test_sizes_of_products_are_few() -> None:
     """Whatever the lengths; and no sequence is forgotten."""
     lengths = [*range(257), *range(256, 0, -1)]
     bounds = torch.tensor([0, *lengths]).cumsum(0)
-    found = products.groups_of(bounds, int(bounds[-1]), products.UNIT_OF_BF16)
+    pack = torch.empty(int(bounds[-1]), 3, HEADS, UNITS, dtype=torch.bfloat16)
+    found = products.groups_of(bounds, pack)
     assert {group.width for group in found} == set(range(32, 257, 32))
     for group in found:
         assert 1 <= len(group.sequences) <= {32: 16, 64: 8, 96: 5}.get(group.width, 4)
