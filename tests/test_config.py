@@ -87,6 +87,7 @@ def test_all_problems_at_once_with_names_and_ranges(tmp_path: Path) -> None:
     [
         (["--head=v9"], ("head", "v1, v2, v3")),
         (["--head=v1", "--head_width=8"], ("head_width", "v1")),
+        (["--head=v1", "--head_activation=relu"], ("head_activation", "v1")),
         (["--head=v2", "--head_depth=4"], ("head_depth", "v2")),
         (["--max_tokens=512", "--grad_accum=2"], ("max_tokens", "grad_accum")),
         (["--max_tokens=64"], ("max_tokens", "max_length")),
@@ -151,6 +152,12 @@ def test_yaml_files_may_be_empty_and_hold_numbers_for_text(tmp_path: Path) -> No
     config = parse([f"--config={file}", "--wandb.entity=e"])
     assert (config.run_id, config.label_names) == ("123", "3,5")
     assert (config.wandb.project, config.wandb.entity) == ("p", "e")
+    file.write_text(
+        "run_id: 0012\nlabel_names: [no, yes]\nencoder_revision: 0123456\nexperiment:\n"
+    )
+    config = parse(["--config", str(file)])
+    assert (config.run_id, config.label_names) == ("0012", "no,yes")
+    assert (config.encoder_revision, config.experiment) == ("0123456", None)
 
 
 def test_head_names_are_those_of_the_registry() -> None:

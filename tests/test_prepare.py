@@ -9,19 +9,21 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
 from tests.programs import run_python
-from tests.tiny import build_cache
+from tests.tiny import build_cache, reviews
+from toolkit.data import prepare
 from toolkit.data.cache import open_cache
 from toolkit.data.prepare import DataSpec
 from toolkit.data.report import describe
 from toolkit.data.rows import Split
 from toolkit.data.selection import select
-from toolkit.data.validate import CheckedSplit
+from toolkit.data.validate import CheckedSplit, check
 from toolkit.errors import DataError
 
 
@@ -48,6 +50,31 @@ def test_one_file_is_carved_into_three_disjoint_stratified_splits() -> None:
     assert sorted(np.concatenate(list(rows.values()))) == list(range(1000))
     for part in rows.values():
         assert labels[part].mean() == pytest.approx(0.25, abs=0.01)
+
+
+def test_rare_classes_are_on_all_sides() -> None:
+    labels = np.zeros(40, np.uint8)
+    labels[[3, 17, 30]] = 1
+    chosen = select({"train": checked(labels)}, **SIZES)
+    assert {name: int(labels[rows].sum()) for name, (_, rows) in chosen.items()} == {
+        "train": 1,
+        "validation": 1,
+        "test": 1,
+    }
+    assert len(chosen["validation"][1]) == 3
+
+
+def test_splits_of_one_class_are_refused() -> None:
+    labels = np.zeros(40, np.uint8)
+    labels[:2] = 1
+    with pytest.raises(DataError, match="validation has 3 negative and 0 positive rows"):
+        select({"train": checked(labels)}, **SIZES)
+
+
+def test_too_many_training_rows_are_named_first() -> None:
+    labels = (np.arange(1000) % 2).astype(np.uint8)
+    with pytest.raises(DataError, match="--train_rows 10000: needs 5000"):
+        select({"train": checked(labels)}, **SIZES | {"train_rows": 10_000})
 
 
 def test_groups_stay_on_one_side() -> None:
@@ -117,6 +144,30 @@ def test_texts_on_both_sides_are_counted(tmp_path: Path, tiny_encoder: Path) -> 
     assert cache.meta["texts_in_train"] == {"validation": 15, "test": 2}
     said = "with a text that is in train, too: 15 of 60 validation rows, 2 of 60 test rows"
     assert said in describe(cache)
+
+
+@pytest.mark.parametrize("more", [0, 30])
+def test_a_file_that_changes_while_it_is_read_makes_no_cache(
+    more: int, tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels are read in a first pass, texts in a second one: they would be of other rows."""
+    path = tmp_path / "reviews.csv"
+
+    def write(rows: list[tuple[str, str]]) -> None:
+        path.write_text("\n".join(["text,label", *(f"{x},{y}" for x, y in rows)]) + "\n")
+
+    rows = reviews(60)
+    write(rows)
+
+    def check_and_sort(*inputs: Any) -> Any:
+        found = check(*inputs)
+        write(rows[::-1] + rows[:more])
+        return found
+
+    monkeypatch.setattr(prepare, "check", check_and_sort)
+    with pytest.raises(DataError, match=r"reviews.csv was written to while it was read"):
+        build_cache(DataSpec(str(path)), tiny_encoder, tmp_path / "cache")
+    assert [p.name for p in (tmp_path / "cache" / "tokens").iterdir() if p.is_dir()] == []
 
 
 def test_a_tokenizer_without_a_first_token_is_refused(

@@ -71,6 +71,7 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
     [
         ("utf-8", "utf-8"),
         ("utf-8-sig", "utf-8"),
+        ("utf-8-sig", "utf_8"),
         ("latin-1", "latin-1"),
         ("utf-16", "utf-16"),
         ("cp1252", "cp1252"),
@@ -174,6 +175,76 @@ def test_unusable_files(tmp_path: Path, name: str, content: str, expected: str) 
     assert expected in complaints(write(tmp_path / name, content))
 
 
+RAW = [
+    ('"Great tv, they say', "pos"),
+    ("fine", "pos"),
+    ('a 27" screen', "neg"),
+    ('"good" movie', "pos"),
+    ("bad,", "neg"),
+]
+
+
+def test_quotes_of_tsv_files_may_be_text(tmp_path: Path) -> None:
+    """As Amazon's and GLUE's are; read as enclosing cells, they swallow the rows up to the next one."""
+    lines = ["text\tlabel", *(f"{text}\t{label}" for text, label in RAW)]
+    path = write(tmp_path / "x.tsv", "\n".join(lines) + "\n")
+    assert usable(path) == [(text, int(label == "pos")) for text, label in RAW]
+    assert open_source(SourceSpec(str(path)), path).notes == ["x.tsv: quotes are text"]
+    swallowing = write(tmp_path / "y.tsv", "\n".join([*lines[:3], 'not 27"\tneg']) + "\n")
+    assert [text for text, _ in usable(swallowing)] == ['"Great tv, they say', "fine", 'not 27"']
+
+
+def test_quotes_that_enclose_cells_are_no_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.tsv", 'text\tlabel\n"He said ""hi"""\t1\n"two\nlines"\t0\n')
+    assert usable(path) == [('He said "hi"', 1), ("two\nlines", 0)]
+    assert not open_source(SourceSpec(str(path)), path).notes
+    broken = write(tmp_path / "y.csv", 'text,label\n"good" movie,1\nbad,0\n')
+    assert "broken quoting" in complaints(broken)
+
+
+def test_blanks_around_column_names(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.csv", "id, text, label\n1,good,1\n2,bad,0\n")
+    assert usable(path, label_column=" label") == [("good", 1), ("bad", 0)]
+
+
+def test_signed_labels_need_no_flag(tmp_path: Path) -> None:
+    assert usable(write(tmp_path / "x.csv", "text,label\na,+1\nb,-1\n")) == [("a", 1), ("b", 0)]
+
+
+def test_long_label_names(tmp_path: Path) -> None:
+    names = "n" * 45, "p" * 40
+    rows = [("a", names[1]), ("b", names[0]), ("c", names[1] + " not")]
+    path = write(tmp_path / "x.csv", "text,label\n" + "".join(f"{t},{y}\n" for t, y in rows))
+    found = usable(path, label_names=",".join(names), bad_rows="quarantine")
+    assert found == [("a", 1), ("b", 0)]
+
+
+def test_a_flood_of_other_labels_hides_no_named_one(tmp_path: Path) -> None:
+    junk = "".join(f"x,junk {n}\n" for n in range(10_050))
+    path = write(tmp_path / "x.csv", f"text,label\n{junk}a,thumbs up\nb,thumbs down\n")
+    found = usable(path, label_names="thumbs down,thumbs up", bad_rows="quarantine")
+    assert found == [("a", 1), ("b", 0)]
+
+
+def test_quarantine_is_offered_where_it_helps(tmp_path: Path) -> None:
+    unknown = write(tmp_path / "x.csv", "text,label\na,up\nb,down\nc,0,0\n")
+    assert "--bad_rows" not in complaints(unknown)
+    broken = write(tmp_path / "y.csv", 'text,label\na,1\nb,0\nc,0,0\n"d,1\n')
+    assert "--bad_rows" not in complaints(broken)
+    helps = write(tmp_path / "z.csv", "text,label\na,1\nb,0\nc,0,0\n")
+    assert "--bad_rows quarantine" in complaints(helps)
+
+
+def test_label_names_that_are_one_label(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.csv", "text,label\na,1\nb,0\n")
+    assert "these two are the same" in complaints(path, label_names="1,1.0")
+
+
+def test_an_encoding_of_parquet_is_refused(tmp_path: Path) -> None:
+    path = write_rows(tmp_path, ".parquet")
+    assert "encoding has no effect on Parquet files" in complaints(path, encoding="latin-1")
+
+
 def test_a_class_that_is_missing(tmp_path: Path) -> None:
     path = write(tmp_path / "x.csv", "text,label\na,no\nb,no\n")
     text = complaints(path, label_names="no,yes")
@@ -234,6 +305,12 @@ def test_folders_are_sorted_into_splits(
         (["train.csv", "test.json"], "test.json: format is not one of"),
         (["train.csv", "test.csv.xz"], "test.csv.xz: format is not one of"),
         (["train.csv", "train.tsv"], "train is there in several formats"),
+        (["train.csv", "train_old.csv"], "is train train.csv, or that and train_old.csv"),
+        (["train.csv", "dev.csv", "val.csv"], "is validation dev.csv, or that and val.csv"),
+        (
+            ["train-00000-of-00003.csv", "train-00002-of-00003.csv"],
+            "train-00001-of-00003.csv is missing",
+        ),
         (["train.csv", "../elsewhere/part.csv"], "test: a link to a folder is not followed"),
     ],
 )
@@ -360,6 +437,11 @@ def test_hub_layout_from_a_local_folder(
     source = open_source(spec, tmp_path)
     first = next(iter(source.splits["test"].read()))
     assert first.text == f"Title 70\n{rows[70][2]}"
+    lost = folder / "amazon_polarity" / "train-00001-of-00002.parquet"
+    lost.unlink()
+    assert source.changed() == [lost]
+    with pytest.raises(DataError, match=r"train-00001-of-00002\.parquet is missing"):
+        open_source(spec, tmp_path)
 
 
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "silent"])

@@ -16,7 +16,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -190,16 +190,21 @@ def hub_folder(
 
 
 def _is_whole(folder: Path, pattern: str) -> bool:
-    """Tell whether files are there, and of `train-00000-of-00004.parquet` the three others, too."""
-    names = {path.name for path in folder.glob(pattern)}
-    parts = [re.fullmatch(r"(.*)-\d{5}-of-(\d{5})(.*)", name) for name in names]
+    names = [path.name for path in folder.glob(pattern)]
+    return bool(names) and not missing_parts(names)
+
+
+def missing_parts(names: Iterable[str]) -> list[str]:
+    """Return the files that have to be beside these: of `train-00000-of-00004.csv` the three others."""
+    here = set(names)
+    parts = [re.fullmatch(r"(.*)-\d{5}-of-(\d{5})(.*)", name) for name in here]
     wanted = {
         f"{part[1]}-{number:05d}-of-{part[2]}{part[3]}"
         for part in parts
         if part
         for number in range(int(part[2]))
     }
-    return bool(names) and wanted <= names
+    return sorted(wanted - here)
 
 
 def _hub_answers(repository: str, kind: str) -> bool:

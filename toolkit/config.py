@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -271,7 +272,10 @@ def parse(argv: list[str], prog: str = "train.py") -> RunConfig:
     if problems:
         raise ConfigError(problems)
     if shows:
-        say(config.to_yaml() if "--print_config" in shows else str(config.folder))
+        if "--print_config" in shows:
+            say(config.to_yaml())
+        else:
+            sys.stdout.write(f"{config.folder}\n")  # for scripts: `say` might blacken a part of it
         raise SystemExit(0)
     return config
 
@@ -327,14 +331,20 @@ def _items(tokens: list[str]) -> tuple[list[Item], list[str]]:
 
 def _file_items(path: str) -> list[Item]:
     try:
-        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"is not YAML ({' '.join(str(error).split())})") from error
     if content is not None and not isinstance(content, dict):
         raise ValueError(f"must hold `name: value` lines, got {content!r}")
-    return [Item(path, str(key), value) for key, value in (content or {}).items()]
+    # text as it is written: to YAML `no` is False, and 0123456, a commit's first digits, is 42798
+    written = yaml.load(text, yaml.BaseLoader) or {}
+    return [
+        Item(path, str(key), written.get(key, value) if _takes_text(key) and value else value)
+        for key, value in (content or {}).items()
+    ]
 
 
 def _from_text(key: str, text: str) -> Any:
@@ -437,6 +447,8 @@ def _conflicts(config: RunConfig) -> list[str]:
         found.append(f"head_depth only applies to head v3, got head {config.head!r}")
     if config.head_width and config.head == "v1":
         found.append("head_width does not apply to head v1, which has no hidden layer")
+    if config.head_activation != RunConfig.head_activation and config.head == "v1":
+        found.append("head_activation does not apply to head v1, which has no hidden layer")
     if config.compile and config.batching == "padded":
         found.append("compile is for packed batches: leave out batching (padded) or compile")
     if config.max_tokens and config.grad_accum > 1:

@@ -20,7 +20,7 @@ import numpy as np
 
 from toolkit.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SPLITS = ("train", "validation", "test")
 
 

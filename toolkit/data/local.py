@@ -1,5 +1,6 @@
 """Local files: CSV, TSV, JSONL and Parquet, one file or a folder with a file for each split."""
 
+import codecs
 import csv
 import difflib
 import hashlib
@@ -7,13 +8,19 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
+from toolkit.assets import missing_parts
 from toolkit.data.rows import UNCLEAR_END, Row, Source, SourceSpec, Split, canonical, make_row
 from toolkit.errors import DataError
+
+if TYPE_CHECKING:
+    from _csv import Reader as CsvReader
 
 SPLIT_WORDS = {
     "train": "train",
@@ -47,18 +54,30 @@ def open_local(spec: SourceSpec, path: Path) -> Source:
         if file.suffix.lower() not in READERS
     ]
     problems = problems or [p for _, file in all_files for p in _column_problems(file, spec)]
+    is_parquet = all(file.suffix.lower() == ".parquet" for _, file in all_files)
+    if is_parquet and spec.encoding != SourceSpec.encoding:
+        problems.append("encoding has no effect on Parquet files: leave it out")
+    negative, positive = (
+        name.strip() for name in (spec.label_names or "negative,positive").split(",")
+    )
+    values = (canonical(negative), canonical(positive))
+    if values[0] == values[1]:
+        problems.append(
+            f"label_names {spec.label_names!r}: as labels of rows these two are the same"
+        )
     if problems:
         raise DataError(problems)
     splits = {
         name: Split(name, _origin(path, name, paths), partial(_read_files, paths, spec))
         for name, paths in files.items()
     }
+    changed = watch(file for _, file in all_files)  # before they are read
     revision = hash_files(all_files)
-    if not spec.label_names:
-        return Source(splits, revision, label_values=None)
-    negative, positive = (name.strip() for name in spec.label_names.split(","))
-    values = (canonical(negative), canonical(positive))
-    return Source(splits, revision, (negative, positive), values)
+    known = values if spec.label_names else None
+    notes = [
+        f"{file.name}: quotes are text" for _, file in all_files if quotes_are_text(file, spec)
+    ]
+    return Source(splits, revision, (negative, positive), known, changed, notes)
 
 
 def hash_files(files: list[tuple[str, Path]]) -> str:
@@ -69,6 +88,19 @@ def hash_files(files: list[tuple[str, Path]]) -> str:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         digest.update(f"{split}\0{path.name}\0{content}\0".encode())
     return digest.hexdigest()
+
+
+def watch(paths: Iterable[Path]) -> Callable[[], list[Path]]:
+    """Return what tells which of these files were written to or replaced since now."""
+    before = {path: _stamp(path) for path in paths}
+    return lambda: [path for path, stamp in before.items() if _stamp(path) != stamp]
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    if not path.exists():
+        return None
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _files_by_split(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
@@ -90,6 +122,7 @@ def _files_by_split(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
         else:
             problems.append(f"{path}: name it train, validation or test, or take it out")
     for name, paths in files.items():
+        problems += _doubts(folder, name, paths)
         if len({file.suffix.lower() for file in paths}) > 1:
             found = ", ".join(file.name for file in paths[:5])
             problems.append(f"{folder}: {name} is there in several formats ({found}); keep one")
@@ -102,13 +135,30 @@ def _files_by_split(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
     return files, problems
 
 
+def _doubts(folder: Path, name: str, paths: list[Path]) -> list[str]:
+    """Complain about files that may be copies of a split or of a part of it, and about absent parts."""
+    problems = []
+    whole = [path for path in paths if path.parent == folder and path.stem.lower() in SPLIT_WORDS]
+    if whole and len(paths) > 1:
+        others = ", ".join(path.name for path in paths if path != whole[0])
+        problems.append(
+            f"{folder}: is {name} {whole[0].name}, or that and {others}? Take out what does not belong "
+            f"to it; call parts {name}-1{whole[0].suffix}, {name}-2{whole[0].suffix} ..."
+        )
+    by_folder = itertools.groupby(paths, key=lambda path: path.parent)
+    for place, files in by_folder:
+        missing = missing_parts(path.name for path in files)
+        problems += [f"{place / missing[0]} is missing"] if missing else []
+    return problems
+
+
 def _origin(path: Path, name: str, paths: list[Path]) -> str:
     """Say where rows come from, the way that messages name it."""
     return paths[0].name if len(paths) == 1 else f"{path.name}/{name}* ({len(paths)} files)"
 
 
 def _columns(spec: SourceSpec) -> list[str]:
-    return [name.strip() for name in spec.text_column.split(",")] + [spec.label_column]
+    return [name.strip() for name in (*spec.text_column.split(","), spec.label_column)]
 
 
 def _column_problems(path: Path, spec: SourceSpec) -> list[str]:
@@ -126,7 +176,7 @@ def _column_problems(path: Path, spec: SourceSpec) -> list[str]:
         if name not in found:
             close = difflib.get_close_matches(name, found, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            flag = "--label_column" if name == spec.label_column else "--text_column"
+            flag = "--label_column" if name == spec.label_column.strip() else "--text_column"
             problems.append(
                 f"{path}: has no column {name!r}, it has {found}; name it with {flag}{hint}"
             )
@@ -143,7 +193,7 @@ def _column_names(path: Path, spec: SourceSpec) -> list[str] | None:
     with open_text(path, spec) as lines:
         if path.suffix.lower() == ".jsonl":
             return _json_columns(lines)
-        header = next(csv.reader(lines, delimiter=_delimiter(path, spec)), None)
+        header, _ = _csv_rows(lines, path, spec)
         return header if next(lines, None) is not None else None
 
 
@@ -165,7 +215,7 @@ def open_text(path: Path, spec: SourceSpec) -> TextIO:
     """Open a text file so that bytes which do not decode survive as lone surrogates, row by row."""
     with path.open("rb") as file:
         start = file.read(2)
-    is_utf8 = spec.encoding.lower().replace("-", "") == "utf8"
+    is_utf8 = codecs.lookup(spec.encoding).name == "utf-8"
     if is_utf8 and start in (b"\xff\xfe", b"\xfe\xff"):
         raise ValueError("it starts with a UTF-16 mark; add --encoding utf-16")
     encoding = "utf-8-sig" if is_utf8 else spec.encoding
@@ -177,7 +227,7 @@ def _delimiter(path: Path, spec: SourceSpec) -> str:
     usual = "\t" if path.suffix.lower() == ".tsv" else ","
     with open_text(path, spec) as lines:
         first = next(lines, "")
-    headers = {mark: next(csv.reader([first], delimiter=mark), []) for mark in usual + DELIMITERS}
+    headers = {mark: _header(csv.reader([first], delimiter=mark)) for mark in usual + DELIMITERS}
     fitting = [mark for mark, header in headers.items() if set(_columns(spec)) <= set(header)]
     return fitting[0] if fitting else max(headers, key=lambda mark: len(headers[mark]))
 
@@ -190,12 +240,42 @@ def _read_files(paths: list[Path], spec: SourceSpec) -> Iterator[Row]:
             raise DataError([_unreadable(path, spec, error)]) from error
 
 
-def _read_csv(path: Path, spec: SourceSpec) -> Iterator[Row]:
+def _csv_rows(lines: TextIO, path: Path, spec: SourceSpec) -> tuple[list[str], "CsvReader"]:
+    """Return a file's columns, and what reads the rows behind them."""
     csv.field_size_limit(sys.maxsize)  # a review may be longer than the default of 128 KiB
+    delimiter = _delimiter(path, spec)
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if quotes_are_text(path, spec) else csv.QUOTE_MINIMAL
+    # strict: a stray quote is an error instead of swallowing the rows up to the next quote
+    rows = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
+    return _header(rows), rows
+
+
+def _header(rows: "CsvReader") -> list[str]:
+    return [name.strip() for name in next(rows, [])]
+
+
+def quotes_are_text(path: Path, spec: SourceSpec) -> bool:
+    """Tell whether no quote of a file encloses a cell, as in the TSV files of Amazon and of GLUE.
+
+    That is so if all lines have the header's tabs, and are not all rows if quotes enclose cells.
+    """
+    if path.suffix.lower() not in (".csv", ".tsv") or _delimiter(path, spec) != "\t":
+        return False
     with open_text(path, spec) as lines:
-        # strict: a stray quote is an error instead of swallowing the rows up to the next quote
-        rows = csv.reader(lines, delimiter=_delimiter(path, spec), strict=True)
-        header = next(rows)
+        lines_by_tabs = Counter(line.count("\t") for line in lines if line.strip("\r\n"))
+    return len(lines_by_tabs) == 1 and lines_by_tabs.total() != _count_quoted(path, spec)
+
+
+def _count_quoted(path: Path, spec: SourceSpec) -> int | None:
+    """Return the rows of a TSV file if quotes enclose cells; None if they cannot."""
+    with open_text(path, spec) as lines, suppress(csv.Error):
+        return sum(1 for cells in csv.reader(lines, delimiter="\t", strict=True) if cells)
+    return None
+
+
+def _read_csv(path: Path, spec: SourceSpec) -> Iterator[Row]:
+    with open_text(path, spec) as lines:
+        header, rows = _csv_rows(lines, path, spec)
         places = [header.index(name) for name in _columns(spec)]
         while True:
             try:

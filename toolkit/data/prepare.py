@@ -15,8 +15,10 @@ from toolkit.console import say
 from toolkit.data.cache import FORMAT_VERSION, SPLITS, TokenCache, open_cache
 from toolkit.data.rows import Source, SourceSpec
 from toolkit.data.selection import Selection, select, texts_in_train
+from toolkit.data.sources import DATASETS
 from toolkit.data.tokenise import Chunk, TokenWriter, load_tokenizer
 from toolkit.data.validate import CheckedSplit, check
+from toolkit.errors import DataError
 from toolkit.files import lock, publish_folder, write_json
 
 MAX_CHARS = 100_000
@@ -55,6 +57,13 @@ def prepare(spec: DataSpec, source: Source, tokenizer_folder: Path, cache: Path)
     return open_cache(folder)
 
 
+def described(spec: DataSpec) -> dict[str, Any]:
+    """Return what a user said about the data, a path as it is from anywhere."""
+    if spec.dataset in DATASETS:
+        return asdict(spec)
+    return asdict(spec) | {"dataset": str(Path(spec.dataset).expanduser().absolute())}
+
+
 def _inputs(spec: DataSpec, source: Source, tokenizer_folder: Path) -> dict[str, Any]:
     """List what the fingerprint covers. Where files lie is not in it, what they hold is."""
     place = {"dataset", "dataset_path", "dataset_revision"}
@@ -91,10 +100,15 @@ def _build(
         writer = TokenWriter(aside, tokenizer, spec.max_length)
         for name, split in checked.items():
             _tokenise_split(split, name, selection, writer, aside)
+        if changed := source.changed():  # labels and texts may be of other rows
+            raise DataError(
+                [f"{path} was written to while it was read: start again" for path in changed]
+            )
         meta = {
             "inputs": inputs,
-            "dataset": asdict(spec),
+            "dataset": described(spec),
             "label_names": source.label_names,
+            "notes": source.notes,
             **writer.close(),
         }
         meta["texts_in_train"] = texts_in_train(checked, selection)
@@ -134,8 +148,9 @@ def _chunks(
 ) -> Iterator[Chunk]:
     """Gather the chosen rows into chunks of bounded size; write the unusable ones aside."""
     chunk, chars = Chunk([], [], []), 0
-    for row_id, row in enumerate(split.split.read()):
-        if not split.usable[row_id]:
+    # a file that has grown since it was checked is refused once all is read
+    for row_id, (usable, row) in enumerate(zip(split.usable, split.split.read(), strict=False)):
+        if not usable:
             record = {
                 "split": split.split.name,
                 "row": row_id + 1,

@@ -20,10 +20,11 @@ def describe(cache: TokenCache) -> str:
         ]
         where = cache.folder / "quarantine.jsonl"
         lines.append(f"  quarantined: {', '.join(counts)} rows, listed in {where}")
-    twice = {name: n for name, n in meta.get("texts_in_train", {}).items() if n}  # older: unknown
+    twice = {name: n for name, n in meta["texts_in_train"].items() if n}
     if twice:
         counts = [f"{n} of {meta['splits'][name]['rows']} {name} rows" for name, n in twice.items()]
         lines.append(f"  with a text that is in train, too: {', '.join(counts)}")
+    lines += [f"  {note}" for note in meta["notes"]]
     return "\n".join([*lines, f"  cache: {cache.folder}"])
 
 

@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -38,6 +39,10 @@ class Source:
     """What the model and the reports call the two classes."""
     label_values: tuple[str, str] | None = ("0", "1")
     """What the rows call them, in canonical form; None where that has to be recognised."""
+    changed: Callable[[], list[Path]] = list
+    """Return the files that were written to or replaced since `revision` was worked out."""
+    notes: list[str] = field(default_factory=list)
+    """How files were understood where there was a choice."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,9 @@ UNCLEAR_END = "broken quoting, so that it is unclear where the row ends (mend th
 
 
 def canonical(label: Any) -> str:
-    """Write a label in one way: 1, 1.0, "1.0" and " 1 " are one label, and so are "Pos" and "pos"."""
+    """Write a label in one way: 1, 1.0, "+1" and " 1 " are one label, and so are "Pos" and "pos"."""
     text = str(label).strip().casefold()
-    return re.sub(r"(?<=\d)\.0+$", "", text)
+    return re.sub(r"^\+(?=\d)|(?<=\d)\.0+$", "", text)
 
 
 def make_row(parts: list[Any], label: Any) -> Row:

@@ -32,6 +32,8 @@ def select(
         DataError: when a split cannot be made as large, or as balanced, as was asked for.
     """
     train = np.flatnonzero(splits["train"].usable)
+    if train_rows:
+        _refuse_shortage(splits["train"], train, train_rows, "train")  # before others take theirs
     selection: Selection = {}
     if "test" in splits:
         test_source, test = "test", np.flatnonzero(splits["test"].usable)
@@ -58,7 +60,7 @@ def select(
     if test_rows:
         test = _balanced(splits[test_source], test, test_rows, seed, "test")
     selection |= {"train": ("train", train), "test": (test_source, test)}
-    _refuse_empty(selection)
+    _refuse_one_sided(splits, selection)
     return selection
 
 
@@ -89,6 +91,8 @@ def _carve(
     order = _seeded_order(rows, seed, purpose)
     classes = split.labels[order]
     positives = round(count * float(classes.mean()))
+    if np.bincount(classes, minlength=2).min() > 1:  # of rare ones too, a row for each side
+        positives = min(max(1, positives), count - 1)
     chosen = [order[classes == 0][: count - positives], order[classes == 1][:positives]]
     return np.sort(np.concatenate(chosen))
 
@@ -107,10 +111,19 @@ def _balanced(
     split: CheckedSplit, rows: np.ndarray, count: int, seed: int, purpose: str
 ) -> np.ndarray:
     """Take `count` rows, as many of one class as of the other (one more of class 1 if odd)."""
+    wanted = _refuse_shortage(split, rows, count, purpose)
     order = _seeded_order(rows, seed, purpose)
     classes = split.labels[order]
+    chosen = [order[classes == number][: wanted[number]] for number in (0, 1)]
+    return np.sort(np.concatenate(chosen))
+
+
+def _refuse_shortage(
+    split: CheckedSplit, rows: np.ndarray, count: int, purpose: str
+) -> tuple[int, int]:
+    """Return how many rows of each class `_balanced` takes, if they are there."""
     wanted = (count // 2, count - count // 2)
-    have = (int((classes == 0).sum()), int((classes == 1).sum()))
+    have = np.bincount(split.labels[rows], minlength=2).tolist()
     if have[0] < wanted[0] or have[1] < wanted[1]:
         raise DataError(
             [
@@ -119,17 +132,22 @@ def _balanced(
                 f"ask for {2 * min(have)} at most"
             ]
         )
-    chosen = [order[classes == number][: wanted[number]] for number in (0, 1)]
-    return np.sort(np.concatenate(chosen))
+    return wanted
 
 
 def _seeded_order(rows: np.ndarray, seed: int, purpose: str) -> np.ndarray:
     return rows[np.argsort(hash64(key64("subset", purpose, seed), rows))]
 
 
-def _refuse_empty(selection: Selection) -> None:
-    empty = [
-        f"no rows are left for {name}" for name, (_, rows) in selection.items() if not len(rows)
-    ]
-    if empty:
-        raise DataError(empty)
+def _refuse_one_sided(splits: Mapping[str, CheckedSplit], selection: Selection) -> None:
+    """Refuse splits without a row of each class, whose scores would mean nothing."""
+    problems = []
+    for name, (source, rows) in selection.items():
+        counts = np.bincount(splits[source].labels[rows], minlength=2).tolist()
+        if min(counts) == 0:
+            problems.append(
+                f"{name} has {counts[0]} negative and {counts[1]} positive rows, and needs one of each "
+                "at least: more rows, or another --split_seed"
+            )
+    if problems:
+        raise DataError(problems)

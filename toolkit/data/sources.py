@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from toolkit.assets import SNIPPETS, SNIPPETS_FILE, fetch, hub_folder
+from toolkit.assets import SNIPPETS, SNIPPETS_FILE, fetch, hub_folder, missing_parts
 from toolkit.data.hub import batches, load
-from toolkit.data.local import hash_files, open_local
+from toolkit.data.local import hash_files, open_local, watch
 from toolkit.data.rows import Row, Source, SourceSpec, Split, make_row
 from toolkit.errors import DataError
 
@@ -69,20 +69,27 @@ AMAZON_POLARITY_COMMIT = "9d9c45c18f8c3cf1b23a3c27917b60cbf28f3289"
 
 def _amazon_polarity(spec: SourceSpec, cache: Path) -> Source:
     """3.6 M training and 400 k test reviews (Zhang, Zhao and LeCun, NeurIPS 2015)."""
-    revision, locate = _local_copy(spec.dataset_path) if spec.dataset_path else _commit(spec)
+    changed: Callable[[], list[Path]] = list  # a commit never does
+    if spec.dataset_path:
+        revision, locate, changed = _local_copy(spec.dataset_path)
+    else:
+        revision, locate = _commit(spec)
     splits = {
         name: Split(name, f"amazon_polarity {name}", partial(_read_amazon_polarity, locate, name))
         for name in ("train", "test")
     }
-    return Source(splits, revision)
+    return Source(splits, revision, changed=changed)
 
 
-def _local_copy(dataset_path: str) -> tuple[str, Callable[[], Path]]:
+def _local_copy(dataset_path: str) -> tuple[str, Callable[[], Path], Callable[[], list[Path]]]:
     folder = Path(dataset_path).expanduser().absolute()
     files = [("", path) for path in sorted(folder.rglob("*.parquet"))]
     if not files:
         raise DataError([f"dataset_path {folder} is not a folder with Parquet files"])
-    return hash_files(files), partial(Path, folder)
+    if missing := missing_parts([path.name for _, path in files]):
+        raise DataError([f"dataset_path {folder}: {', '.join(missing[:5])} is missing"])
+    changed = watch(path for _, path in files)
+    return hash_files(files), partial(Path, folder), changed
 
 
 def _commit(spec: SourceSpec) -> tuple[str, Callable[[], Path]]:

@@ -11,6 +11,8 @@ from toolkit.errors import DataError
 
 SHOWN_ROWS, SHOWN_KINDS = 20, 10
 """How many row numbers a message lists, and how many kinds of problems a split's report."""
+SHOWN_CHARS = 40
+"""Of a label that is none of the two."""
 MAX_KINDS = 10_000
 """Distinct labels that are told apart; further ones share the last number."""
 
@@ -45,6 +47,12 @@ class CheckedSplit:
         """Say why a row cannot be used."""
         return self.problem_kinds[self.problem_codes[row]]
 
+    @property
+    def can_be_set_aside(self) -> bool:
+        """Tell whether there are rows that cannot be used, and it is clear where they all end."""
+        kinds = {self.problem_kinds[code] for code in np.unique(self.problem_codes)} - {""}
+        return bool(kinds) and UNCLEAR_END not in kinds
+
 
 def check(source: Source, bad_rows: str) -> dict[str, CheckedSplit]:
     """Read every split once and sort its rows into usable and not.
@@ -56,7 +64,8 @@ def check(source: Source, bad_rows: str) -> dict[str, CheckedSplit]:
     Raises:
         DataError: listing all problems of all splits.
     """
-    scans = {name: _scan(split) for name, split in source.splits.items()}
+    known = source.label_values or sum(USUAL_PAIRS, ())
+    scans = {name: _scan(split, known) for name, split in source.splits.items()}
     labels = sum((scan.labels() for scan in scans.values()), Counter())
     values = source.label_values or _usual_pair(labels)
     checked = {name: _apply_labels(scan, values) for name, scan in scans.items()}
@@ -64,7 +73,8 @@ def check(source: Source, bad_rows: str) -> dict[str, CheckedSplit]:
     for split in checked.values():
         problems += _row_problems(split, only_unclear=bad_rows == "quarantine")
     missing = [text for split in checked.values() for text in _missing_classes(split, values)]
-    if problems and bad_rows == "error" and not missing:
+    can_go_on = any(split.can_be_set_aside for split in checked.values())
+    if problems and bad_rows == "error" and values and can_go_on and not missing:
         problems[-1] += "\n    To go on without these rows: --bad_rows quarantine"
     if problems + missing:
         raise DataError(problems + missing)
@@ -91,13 +101,14 @@ class _Scan:
         )
 
 
-def _scan(split: Split) -> _Scan:
+def _scan(split: Split, known: tuple[str, ...]) -> _Scan:
     labels, problems, groups, texts = array("H"), array("H"), array("q"), array("q")
-    # usual labels have their numbers from the start, so that no flood of others displaces them
-    label_codes = {value: code for code, value in enumerate(sorted(set(sum(USUAL_PAIRS, ()))))}
+    # known labels have their numbers from the start, so that no flood of others displaces them
+    label_codes = {value: code for code, value in enumerate(sorted(set(known)))}
     problem_codes = {"": 0}
     for row in split.read():
-        labels.append(_code(label_codes, canonical(row.label)[:40]))
+        label = canonical(row.label)
+        labels.append(_code(label_codes, label if label in label_codes else _shortened(label)))
         problems.append(_code(problem_codes, row.problem or ""))
         groups.append(row.group)
         texts.append(hash(row.text))
@@ -112,6 +123,10 @@ def _scan(split: Split) -> _Scan:
         np.frombuffer(groups, np.int64),
         np.frombuffer(texts, np.int64),
     )
+
+
+def _shortened(label: str) -> str:
+    return label if len(label) <= SHOWN_CHARS else label[:SHOWN_CHARS] + "…"
 
 
 def _code(codes: dict[str, int], kind: str) -> int:

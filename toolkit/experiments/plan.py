@@ -1,11 +1,11 @@
 """What a sweep will cost, before it is started: steps, and hours at a rate that was seen or stated."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from toolkit.config import RunConfig, cache_dir, part
-from toolkit.data.prepare import DataSpec
+from toolkit.data.prepare import DataSpec, described
 from toolkit.data.selection import default_validation_rows
 from toolkit.data.steps import Stream
 from toolkit.experiments.results import summaries
@@ -76,7 +76,7 @@ def _seen_rate(config: RunConfig, seen: list[dict[str, Any]]) -> tuple[float | N
 
 def split_rows(config: RunConfig) -> dict[str, int]:
     """Return the rows of those splits whose number is known without reading the data."""
-    wanted = _rows_spec(asdict(part(DataSpec, config)))
+    wanted = _rows_spec(described(part(DataSpec, config)))
     metas = (cache_dir(config) / "tokens").glob("*/meta.json")
     for path in sorted(metas, key=lambda path: -path.stat().st_mtime):  # an edited file has several
         meta = json.loads(path.read_text(encoding="utf-8"))

@@ -138,11 +138,11 @@ def without_weights(joint_T3HK: Tensor, bounds: Tensor, scaling: float) -> Tenso
     """Attend as `Products.forward`, through torch's attention, which no backward pass should follow."""
     attended_T1HK = torch.empty_like(joint_T3HK[:, :1])
     for group in groups_of(bounds, joint_T3HK):
-        joint_3NHWK = group.gather(joint_T3HK).unflatten(1, (len(group.sequences), -1))
+        query, key, value = group.gather(joint_T3HK).unflatten(1, (len(group.sequences), -1))
         mask_N1W = joint_T3HK.new_zeros(len(group.sequences), 1, group.width)
         group.hide_filling(mask_N1W)
         attended_NHWK = functional.scaled_dot_product_attention(
-            *joint_3NHWK, attn_mask=mask_N1W.unsqueeze(1), scale=scaling
+            query, key, value, attn_mask=mask_N1W.unsqueeze(1), scale=scaling
         )
         group.scatter(attended_NHWK.flatten(0, 1).unsqueeze(0), attended_T1HK)
     return attended_T1HK.squeeze(1)
