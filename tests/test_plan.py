@@ -104,7 +104,7 @@ def test_what_ranks_send() -> None:
     sent = partial(estimate.communication_bytes, parameters=110_000_000, micro_batches=3)
     kinds: tuple[estimate.Kind, ...] = ("replicas", "zero1", "zero2", "zero2_offload", "zero3")
     found = {kind: sent(kind, ranks=8) / once for kind in kinds}
-    assert found == {"replicas": 1, "zero1": 1, "zero2": 3, "zero2_offload": 3, "zero3": 4.5}
+    assert found == {"replicas": 1, "zero1": 1.5, "zero2": 3.5, "zero2_offload": 3.5, "zero3": 3}
     assert sent("replicas", ranks=1) == 0
 
 
@@ -180,7 +180,7 @@ def test_a_stated_rate_starts_nothing(
 ) -> None:
     """Of a device that is not here, so how much fits into it is not known either."""
     monkeypatch.setattr(plan_module, "ask", None)
-    flags = [*tiny_flags, f"--precision={precision}", "--num_processes=4", "--link_gb=1"]
+    flags = [*tiny_flags, f"--precision={precision}", "--num-processes", "4", "--link-gb=1"]
     assert main([*flags, "--tflops=1e-3"]) == 0
     said = capsys.readouterr().out
     assert f"steps of 16, {batching};" in said, "as a GPU takes them"
@@ -190,6 +190,7 @@ def test_a_stated_rate_starts_nothing(
         *([f"{name}.yaml", "4"] for name in plan_module.LAUNCHES),
     ]
     assert all(row.split()[3] == "any" for row in rows)
+    assert "as if they took no time" not in said
     assert "ms*" in rows[1]
 
 
@@ -211,6 +212,7 @@ def test_a_sweep_costs_what_its_own_runs_do(
     monkeypatch.setattr(plan_module, "costs", costs)
     sweep = tmp_path / "sweep.yaml"
     parameters = {"head": {"values": ["v2", "v3"]}, "lr": {"value": 1e-3}}
+    parameters |= {"batch_size": {"values": [8]}}
     sweep.write_text(
         yaml.safe_dump({"program": "toolkit/train.py", "method": "grid", "parameters": parameters})
     )
@@ -220,6 +222,8 @@ def test_a_sweep_costs_what_its_own_runs_do(
     assert found == [("v2", 1e-4, 64), ("v3", 1e-4, 64)]
     said = capsys.readouterr().out
     assert "2 runs" in said
+    assert "whose batch_size is 16: runs with 8 take another" in said
+    assert "whose encoder" not in said
     steps, number = re.findall(r"([\d.]+) ms", said), re.search(r"(\d+) steps of", said)
     prices = re.findall(r"^cpu2?.yaml .* ([\d.]+)$", said, re.MULTILINE)
     assert number
@@ -235,6 +239,7 @@ def test_a_compiled_run_has_no_zero_to_plan(
     assert main(flags) == 0
     said = capsys.readouterr().out
     assert re.findall(r"^(\w+)\.yaml", said, re.MULTILINE) == ["gpu", "ddp"]
+    assert "as if they took no time: --link_gb" in said
     assert "DeepSpeed runs no compiled model" in said
 
 
@@ -262,13 +267,13 @@ def test_memory_follows_the_micro_batch(
     stream = Stream(num_rows=640, batch_size=64, epochs=1, seed=0)
     trainer = Trainer(*(cast(Any, None),) * 3, split, stream, False, LoopSpec(**flags), OptimSpec())
 
-    def steps(one: Trainer, rows: int, compiled: bool) -> tuple[float, float, float]:
+    def steps(one: Trainer, rows: int, compiled: bool) -> timing.Steps:
         assert compiled
         number = estimate.work(one, 1).micro_batches if rows == 64 else 1
         if one is not trainer:
             assert (one.spec.grad_accum, one.spec.max_tokens) == (1, None)
         seconds = 0.2 + 0.3 * number + 10 * rows * 0.001
-        return 10.0 * rows, seconds, 7_000 + 300 + 10 * rows * 50
+        return timing.Steps(10.0 * rows, seconds, 7_000 + 300 + 10 * rows * 50)
 
     monkeypatch.setattr(estimate, "run_steps", steps)
     rates, kept = estimate.measure(trainer, standing=7_000, compiled=True)
@@ -282,6 +287,54 @@ def test_memory_follows_the_micro_batch(
         0.2 + 0.3 * work.micro_batches + 0.64
     )
     assert kept.of(work.largest) == pytest.approx(300 + work.largest * 50)
+
+
+def test_what_does_not_fit_whole_is_not_measured_cut(
+    split: TokenSplit, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU that is too small does a step in pieces: its peak would be that of a larger one."""
+    trainer = make_trainer(split, tiny_encoder, batch_size=64)
+    asked: list[int] = []
+
+    def loss(one: Trainer, batch: Any) -> torch.Tensor:
+        if len(batch.rows) > 20:
+            raise torch.OutOfMemoryError
+        return summed_loss(one, batch)
+
+    def steps(one: Trainer, rows: int, compiled: bool) -> timing.Steps:
+        asked.append(rows)
+        found = timing.run_steps(one, rows, compiled)
+        assert (found.split > 1) == (rows > 20)
+        return found._replace(peak=1000 + 50 * found.tokens)
+
+    monkeypatch.setattr("toolkit.engine.step.summed_loss", loss)
+    monkeypatch.setattr(estimate, "run_steps", steps)
+    _, kept = estimate.measure(trainer, standing=1000, compiled=False)
+    whole = asked[1]
+    assert 60 < whole < 80
+    assert asked == [whole // 4, whole, whole // 8, whole // 2, whole // 16, whole // 4]
+    assert kept.per_token == pytest.approx(50)
+    assert kept.fixed == pytest.approx(0, abs=1)
+
+
+def test_single_reviews_are_planned_like_several(split: TokenSplit, tiny_encoder: Path) -> None:
+    """What a review needs does not depend on how many are asked for."""
+    found = [
+        estimate.activations(make_trainer(split, tiny_encoder, batch_size=size)) for size in (1, 16)
+    ]
+    assert found[0] == found[1]
+
+
+def test_memory_of_a_container_or_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "GROUPS", tmp_path)
+    monkeypatch.setattr(memory, "OWN_GROUP", tmp_path / "cgroup")
+    machine = memory.usable_bytes()
+    (tmp_path / "cgroup").write_text("1:cpu:/\n0::/job_7/step_0\n")
+    (tmp_path / "job_7" / "step_0").mkdir(parents=True)
+    assert memory.usable_bytes() == machine
+    (tmp_path / "job_7" / "step_0" / "memory.max").write_text("max\n")
+    (tmp_path / "job_7" / "memory.max").write_text(f"{2**28}\n")
+    assert memory.usable_bytes() == 2**28 < machine
 
 
 def test_activations_with_micro_batches(split: TokenSplit, tiny_encoder: Path) -> None:
@@ -339,7 +392,7 @@ def test_timed_steps_of_a_compiled_model_are_replays(
 
     monkeypatch.setattr(timing, "train_step", step)
     monkeypatch.setattr(time, "perf_counter", lambda: clock)
-    tokens, seconds, _ = timing.run_steps(trainer, 4, compiled=True)
+    tokens, seconds, *_ = timing.run_steps(trainer, 4, compiled=True)
     assert seconds == 0.5
     assert timing.WARM_STEPS + timing.TIMED_STEPS < len(taken) < timing.MOST_STEPS
     assert min(taken) < tokens < max(taken)

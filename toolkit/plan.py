@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 
-from toolkit.config import RunConfig, parse, part
+from toolkit.config import RunConfig, normalise, parse, part
 from toolkit.console import complain, say
 from toolkit.data.cache import TokenCache
 from toolkit.errors import ConfigError, ToolkitError
@@ -49,6 +49,10 @@ COUNTED_NOTE = (
     "* counted, not timed with these ranks; ZeRO's are without DeepSpeed's own work, which made steps of "
     "two CPU processes 1.4 to 2.5 times as long as DDP's."
 )
+LINK_NOTE = (
+    " Links between ranks are counted as if they took no time: --link_gb says what they carry."
+)
+DECIDE_RATE = ("encoder", "max_length", "precision", "batch_size")
 POSITIVE = ("num_processes", "memory_gb", "tflops", "bandwidth_gb", "link_gb", "price")
 
 
@@ -131,7 +135,7 @@ def _options(argv: list[str]) -> tuple[argparse.Namespace, RunConfig, list[str]]
     )
     made.add_argument("--sweep", type=Path, help="sum up this sweep's runs, too")
     made.add_argument("--price", type=float, help="of a device for an hour")
-    options, flags = made.parse_known_args(argv)
+    options, flags = made.parse_known_args(normalise(argv))
     given = {name: getattr(options, name) for name in POSITIVE}
     problems = [
         f"--{name} got {value:g}, allowed is more than 0"
@@ -204,6 +208,7 @@ def survey(
         import torch
 
         from toolkit.engine import estimate
+        from toolkit.engine.memory import usable_bytes
         from toolkit.engine.runtime import Runtime
         from toolkit.model.classifier import ClassifierSpec, build_classifier
         from toolkit.run import evaluation_tokens, make_trainer
@@ -217,7 +222,7 @@ def survey(
         config = replace(config, batching="packed" if config.precision == "bf16" else "padded")
     trainer = make_trainer(config, tokens, runtime, model)
     if on_cpu:
-        memory: float = psutil.virtual_memory().total
+        memory: float = usable_bytes()
     elif torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(runtime.device).total_memory
     else:
@@ -332,9 +337,9 @@ def report(
             f"  {duration(seconds):>6}  {hours:>12.2f}{price}"
         )
     if any(row.counted for row in planned):
-        say(f"\n{COUNTED_NOTE}")
+        say(f"\n{COUNTED_NOTE}{LINK_NOTE if math.isinf(ground.link) else ''}")
     if options.sweep:
-        _report_sweep(options, flags, stream.batch_size / planned[0].seconds)
+        _report_sweep(options, config, flags, stream.batch_size / planned[0].seconds)
 
 
 def _fits(row: Row) -> str:
@@ -350,12 +355,15 @@ def run_seconds(tokens: TokenCache, ground: Ground, row: Row) -> float:
     return stream.num_steps * row.seconds + ground.rates.per_token * SCORING * passes / share
 
 
-def _report_sweep(options: argparse.Namespace, flags: list[str], rate: float) -> None:
+def _report_sweep(
+    options: argparse.Namespace, config: RunConfig, flags: list[str], rate: float
+) -> None:
     """Sum up a sweep at one process's rate; `toolkit sweep plan` lists its runs."""
     sweep = load(options.sweep)
     given, _ = split_flags(flags)
     varied = set(overridden_flags(sweep, given))
-    found = costs(runs(sweep, [flag for flag in given if flag not in varied]), rate)
+    planned = runs(sweep, [flag for flag in given if flag not in varied])
+    found = costs(planned, rate)
     known = [cost.seconds for cost in found if cost.seconds is not None]
     hours = sum(known) / 3600
     price = f", {hours * options.price:.2f} at {options.price:g} an hour" if options.price else ""
@@ -363,3 +371,12 @@ def _report_sweep(options: argparse.Namespace, flags: list[str], rate: float) ->
         len(found) > len(known)
     )
     say(f"\n{options.sweep}: {len(found)} runs, {hours:.2f} hours of one device{price}{unknown}")
+    for name in DECIDE_RATE:
+        others = sorted(
+            {str(getattr(run.config, name)) for run in planned} - {str(getattr(config, name))}
+        )
+        if others:
+            say(
+                f"  all at the rate of this plan, whose {name} is {getattr(config, name)}: runs with "
+                f"{', '.join(others)} take another"
+            )

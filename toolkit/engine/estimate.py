@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from toolkit.data.batches import make_batch
-from toolkit.data.steps import cost, runs_within
+from toolkit.data.steps import Stream, cost, runs_within
 from toolkit.engine.memory import forget_peak, peak_bytes
-from toolkit.engine.timing import run_steps
+from toolkit.engine.timing import Steps, run_steps
 from toolkit.engine.trainer import Trainer, deal_rows, deal_slots, summed_loss
 
 FLOAT = 4
 SAMPLE_STEPS = 20
+LINE_ROWS = 16
+"""A line is drawn through micro-batches of at least so many rows and of a quarter: two sizes of packs."""
 
 Kind = Literal["replicas", "zero1", "zero2", "zero2_offload", "zero3"]
 
@@ -100,16 +102,17 @@ def saved_bytes(compute: Callable[[], Tensor], parameters: Iterable[Tensor]) -> 
 def activations(trainer: Trainer) -> Activations:
     """Measure a micro-batch of the run's size and one of a quarter of its rows; draw the line."""
     trainer.model.train()  # with dropout's masks
+    trainer = replace(trainer, stream=_for_a_line(trainer.stream))
     slots = trainer.stream.slots(0)
-    full = len(deal_slots(trainer, slots)[0].rows)
+    full = max(LINE_ROWS, len(deal_slots(trainer, slots)[0].rows))
     one = in_one_piece(trainer)
     points = []
-    for rows in (full, max(1, full // 4)):
+    for rows in (full, full // 4):
         [batch] = deal_slots(one, slots[:rows])
         kept = saved_bytes(partial(summed_loss, trainer, batch), trainer.model.parameters())
         points.append((batch.computed_tokens, kept))
     (many, much), (few, little) = points
-    per_token = (much - little) / (many - few) if many > few else much / many
+    per_token = (much - little) / (many - few)
     return Activations(much - per_token * many, per_token)
 
 
@@ -165,29 +168,43 @@ def measure(trainer: Trainer, standing: float, compiled: bool) -> tuple[Rates, A
         The rates, and what the process's memory grew by: on a CPU that is more than what a forward
         pass keeps, because freed memory stays with the process, in pieces.
     """
-    one, sizes = in_one_piece(trainer), work(trainer, world_size=1)
-    full = max(1, round(sizes.largest / sizes.per_review))
-    few, short, little = run_steps(one, max(1, full // 4), compiled)
-    many, long, much = run_steps(one, full, compiled)
-    if many == few:
-        few = short = little = 0
-    per_token = max(0.0, (long - short) / (many - few))
-    fixed = max(0.0, long - per_token * many)
+    sizes = work(trainer, world_size=1)
+    rows = max(LINE_ROWS, round(sizes.largest / sizes.per_review))
+    few, many = _two_sizes(in_one_piece(trainer), rows, compiled)
+    per_token = max(0.0, (many.seconds - few.seconds) / (many.tokens - few.tokens))
+    fixed = max(0.0, many.seconds - per_token * many.tokens)
     launching = 0.0
     if sizes.micro_batches > 1:
-        tokens, whole, _ = run_steps(trainer, trainer.stream.batch_size, compiled)
-        more = (whole - fixed - per_token * tokens) / (sizes.micro_batches - 1)
+        whole = run_steps(trainer, trainer.stream.batch_size, compiled)
+        more = (whole.seconds - fixed - per_token * whole.tokens) / (sizes.micro_batches - 1)
         launching = min(fixed, max(0.0, more))
-    growth = max(1.0, (much - little) / (many - few))
+    growth = max(1.0, (many.peak - few.peak) / (many.tokens - few.tokens))
     return (
         Rates(fixed, per_token, launching, "measured here"),
-        Activations(max(0.0, much - standing - growth * many), growth),
+        Activations(max(0.0, many.peak - standing - growth * many.tokens), growth),
     )
+
+
+def _two_sizes(one: Trainer, rows: int, compiled: bool) -> tuple[Steps, Steps]:
+    """Time steps of a quarter of these rows, and of all or, if they do not fit, of as many as do."""
+    while True:
+        few, many = (run_steps(one, count, compiled) for count in (rows // 4, rows))
+        if many.split == 1 or rows < 8:
+            return few, many
+        rows //= (
+            2  # steps that were cut smaller say neither what a whole one takes nor what it needs
+        )
+
+
+def _for_a_line(stream: Stream) -> Stream:
+    """Return the same with enough rows in a step, however few there are."""
+    rows = max(LINE_ROWS, stream.batch_size)
+    return replace(stream, batch_size=rows, max_steps=None, epochs=rows)
 
 
 def step_seconds(trainer: Trainer, compiled: bool) -> float:
     """Take a few steps of the run, on all ranks; return the median of their seconds."""
-    return run_steps(trainer, trainer.stream.batch_size, compiled)[1]
+    return run_steps(trainer, trainer.stream.batch_size, compiled).seconds
 
 
 def measure_scoring(trainer: Trainer, eval_tokens: int, standing: float) -> float:
@@ -244,10 +261,16 @@ def token_flops(
 def communication_bytes(kind: Kind, parameters: int, ranks: int, micro_batches: float) -> float:
     """Return the bytes that a rank sends in a step.
 
-    A ring sum of gradients sends 2 (N - 1) / N of them (Patarasuk and Yuan, 2009); so do ZeRO 1 and
-    2, in two halves; stage 3 gathers parameters for the backward pass once more (Rajbhandari et al.,
-    2020: ZeRO). Those that cut gradients cannot wait for the last micro-batch.
+    A ring sum of gradients sends 2 (N - 1) / N of them (Patarasuk and Yuan, 2009), scattering a sum or
+    gathering parameters half of that. DeepSpeed's stages 1 and 2 sum whole gradients, stage 2 those of
+    each micro-batch, and gather the new weights; stage 3 gathers weights and scatters gradients in each
+    micro-batch (0.19.8, its collectives counted in steps of two ranks).
     """
-    rounds = 3 if kind == "zero3" else 2
-    times = 1 if kind in ("replicas", "zero1") else micro_batches
-    return FLOAT * parameters * rounds * times * (ranks - 1) / ranks
+    rounds = {
+        "replicas": 2.0,
+        "zero1": 3.0,
+        "zero2": 2 * micro_batches + 1,
+        "zero2_offload": 2 * micro_batches + 1,
+        "zero3": 2 * micro_batches,
+    }[kind]
+    return FLOAT * parameters * rounds * (ranks - 1) / ranks

@@ -8,9 +8,11 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import torch
 
-STATUS = Path("/proc/self/status")
+STATUS, OWN_GROUP = Path("/proc/self/status"), Path("/proc/self/cgroup")
+GROUPS = Path("/sys/fs/cgroup")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """As in glibc's malloc.h."""
 LIMITS = "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"
@@ -30,6 +32,19 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         # which stops glibc from raising this one, to these 32 MB at most; larger blocks come and go
         mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
+
+
+def usable_bytes() -> int:
+    """Return the memory of this machine or, if it is less, of the container or batch job around us."""
+    found = [psutil.virtual_memory().total]
+    own = OWN_GROUP.read_text().splitlines() if OWN_GROUP.exists() else []
+    for line in own:
+        number, _, path = line.split(":", 2)
+        group = GROUPS / path.lstrip("/")
+        for place in (group, *group.parents) if number == "0" else ():
+            with suppress(OSError, ValueError):  # the outermost has no limit; "max" is none
+                found.append(int((place / "memory.max").read_text()))
+    return min(found)
 
 
 def peak_bytes(device: torch.device) -> int:

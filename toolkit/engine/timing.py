@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 
@@ -25,8 +26,21 @@ Size = tuple[int, int]
 """What kernels are made for and graphs captured for: tokens and sequences of a micro-batch."""
 
 
-def run_steps(trainer: Trainer, batch_size: int, compiled: bool) -> tuple[float, float, float]:
-    """Return the mean of the steps' tokens, the median of their seconds, the peak of the memory."""
+class Steps(NamedTuple):
+    """What some steps took."""
+
+    tokens: float
+    """Their mean, padding included."""
+    seconds: float
+    """Their median."""
+    peak: float
+    """Bytes of memory."""
+    split: int = 1
+    """Into how many times as many micro-batches they were cut, because memory ran out."""
+
+
+def run_steps(trainer: Trainer, batch_size: int, compiled: bool) -> Steps:
+    """Time steps of so many rows."""
     smaller = _few_steps(trainer, batch_size, MOST_STEPS if compiled else WARM_STEPS + TIMED_STEPS)
     counts = [step >= WARM_STEPS for step in range(smaller.stream.num_steps)]
     if compiled:
@@ -43,7 +57,7 @@ def run_steps(trainer: Trainer, batch_size: int, compiled: bool) -> tuple[float,
             seconds.append(time.perf_counter() - started)
             tokens.append(progress.recent.computed_tokens - before)
     peak = peak_bytes(trainer.runtime.device)
-    return statistics.mean(tokens), statistics.median(seconds), peak
+    return Steps(statistics.mean(tokens), statistics.median(seconds), peak, progress.split)
 
 
 def _few_steps(trainer: Trainer, batch_size: int, steps: int) -> Trainer:
