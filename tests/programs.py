@@ -10,7 +10,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "toolkit" / "train.py"
 
 
-def run_python(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_python(
+    *arguments: str | Path, seconds: float = 240, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run this interpreter and capture what it prints."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(
@@ -19,7 +21,7 @@ def run_python(*arguments: str | Path, **environment: str) -> subprocess.Complet
         text=True,
         env=os.environ | environment,
         cwd="/",
-        timeout=240,
+        timeout=seconds,
     )
 
 

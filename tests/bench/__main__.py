@@ -42,6 +42,8 @@ CONTENDERS = ("ours", *PEERS)
 IN_FP32 = ("run_classification", "trainer_dynamic", "accelerate_loop")
 ON_A_GPU = ("ours_compiled", "trainer_compiled")
 """On a CPU the lengths make the Trainer's model compile again and again, and ours gained 4 %, once."""
+IN_BF16 = "trainer_best_in_bf16"
+"""The best flags, and `bf16_full_eval`: weights are in bf16, too, when it scores."""
 VALIDATION_ROWS = 32
 """By their loss ours picks the model that it tests: nearly always the last one, which peers test."""
 DATASETS = ("amazon_polarity", "snippets")
@@ -180,7 +182,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = shared_parser()
     parser.add_argument("--repeats", type=int, default=5)
     default = CONTENDERS + (ON_A_GPU if torch.cuda.is_available() else ())
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS + ON_A_GPU, default=default)
+    parser.add_argument(
+        "--only", nargs="+", choices=(*CONTENDERS, *ON_A_GPU, IN_BF16), default=default
+    )
     parser.add_argument("--out", type=Path, default=Path("bench.json"), help="all figures as JSON")
     options = parser.parse_args(arguments)
     if options.rows % options.batch_size or options.rows < 2 * options.batch_size:

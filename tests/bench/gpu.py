@@ -101,8 +101,8 @@ def _run(module: str, *arguments: str) -> None:
 def _succeeds(part: Callable[[], None]) -> bool:
     try:
         part()
-    except (subprocess.CalledProcessError, RuntimeError) as error:  # a program failed
-        say(getattr(error, "stderr", None) or str(error))
+    except Exception as error:  # whatever it is: device time is dear, and other parts do without it
+        say(getattr(error, "stderr", None) or f"{type(error).__name__}: {error}")
         return False
     return True
 

@@ -29,7 +29,8 @@ ROW = r"^(\w+)\.yaml +\d+ +([\d.]+) +\w+ +([\d.]+) ms"
 def planned(flags: list[str]) -> dict[str, tuple[float, float]]:
     """Return bytes of a rank and seconds of a step for each launch file."""
     alone = ["--num_processes=1"] if ON_GPU else []
-    done = run_python("-m", "toolkit", "plan", *flags, *alone, PYTHONPATH=str(ROOT))
+    command = "-m", "toolkit", "plan", *flags, *alone
+    done = run_python(*command, seconds=1800, PYTHONPATH=str(ROOT))
     done.check_returncode()
     found = re.findall(ROW, done.stdout, re.MULTILINE)
     context = CUDA_BYTES if ON_GPU else 0  # torch, which says what a run took, does not count it
