@@ -311,22 +311,45 @@ def test_a_task_of_an_array_asks_for_itself(fake: Path, monkeypatch: pytest.Monk
     assert (fake / "calls").read_text().endswith("show job 12_3\n")
 
 
-def test_the_code_of_a_command_is_not_lost() -> None:
-    """Though it ends at once, or the warning comes while it runs."""
-    script = """
-    source "$TOOLKIT_ROOT/slurm/supervise.sh"
-    for ((i = 0; i < 40; i++)); do wait_for bash -c "exit 3"; echo "$code"; done
-    wait_for bash -c "kill -USR2 $$; sleep 0.3; exit 5"; echo "$code"
-    is_asked && rm "$TOOLKIT_STOP_FILE" && echo asked
-    """
-    settings = {"SLURM_JOB_ID": f"test-{os.getpid()}", "TOOLKIT_ROOT": str(ROOT)}
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script],
-        env=os.environ | settings,
+def supervised(script: str, **settings: str) -> "subprocess.CompletedProcess[str]":
+    """Run a script as a template runs it."""
+    job = {"SLURM_JOB_ID": f"test-{os.getpid()}", "TOOLKIT_ROOT": str(ROOT)}
+    return subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", f'source "$TOOLKIT_ROOT/slurm/supervise.sh"\n{script}'],
+        env=os.environ | job | settings,
         capture_output=True,
         text=True,
     )
+
+
+def test_the_code_of_a_command_is_not_lost() -> None:
+    """Though it ends at once, or the warning comes while it runs."""
+    done = supervised("""
+    for ((i = 0; i < 40; i++)); do wait_for bash -c "exit 3"; echo "$code"; done
+    wait_for bash -c "kill -USR2 $$; sleep 0.3; exit 5"; echo "$code"
+    is_asked && rm "$TOOLKIT_STOP_FILE" && echo asked
+    """)
     assert done.stdout.split() == ["3"] * 40 + ["5", "asked"], done.stderr
+
+
+def test_a_node_without_the_tmpdir_of_the_login_node(tmp_path: Path) -> None:
+    script = 'kill -USR2 $$; rm "$TOOLKIT_STOP_FILE"; mktemp -u; is_asked && echo asked'
+    done = supervised(script, TMPDIR=str(tmp_path / "absent"))
+    assert done.stdout.split()[1:] == ["asked"], done.stderr
+
+
+def test_a_stop_file_that_cannot_be_written_does_not_end_the_job(tmp_path: Path) -> None:
+    done = supervised(
+        f"TOOLKIT_STOP_FILE={tmp_path}/absent/stop; kill -USR2 $$; is_asked && echo asked"
+    )
+    assert done.stdout == "asked\n", done.stderr
+    assert "warning: the run is not asked to stop" in done.stderr
+
+
+def test_asked_before_the_first_command() -> None:
+    """A job that may not queue again ends with an exit code, not with a mistake of the script."""
+    done = supervised("toolkit() { return 1; }; MAX_REQUEUES=0 requeue_if_asked")
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_an_array_that_is_too_large(
