@@ -16,6 +16,8 @@ ask_to_stop() {
 }
 trap ask_to_stop USR2
 export PATH="${VENV:-$TOOLKIT_ROOT/.venv}/bin:$PATH" PYTHONPATH="$TOOLKIT_ROOT${PYTHONPATH:+:$PYTHONPATH}"
+# sbatch --export holds for srun too, which would not hand over what is exported here
+export SLURM_EXPORT_ENV=ALL
 # since SLURM 22.05 srun does not take the job's value over: where tasks are bound, it may get one core
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 
