@@ -14,6 +14,7 @@ import yaml
 
 from tests.programs import ROOT
 from toolkit.errors import ConfigError
+from toolkit.experiments import local
 from toolkit.experiments import sweep as sweeps
 from toolkit.experiments.commands import main
 from toolkit.experiments.search import Search, suggest
@@ -72,6 +73,24 @@ def test_what_is_not_promising_is_stopped(
     [trial] = search.study.get_trials()
     assert trial.state.name == "PRUNED"
     assert read_state(search.folder / trial.user_attrs["run_id"]).kind == "stopped"
+
+
+def test_a_stop_while_a_run_is_started_reaches_it(
+    tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    search = open_search(write(tmp_path, tiny_flags, lr=LR, epochs={"value": 60}))
+
+    def start(*arguments: Any, **environment: str) -> "subprocess.Popen[bytes]":
+        process = start_run(*arguments, **environment)
+        search.stop()
+        return process
+
+    start_run = local.start
+    monkeypatch.setattr(local, "start", start)
+    assert not search.run(1)
+    [trial] = search.study.trials
+    assert read_state(search.folder / trial.user_attrs["run_id"]).kind == "preempted"
 
 
 def test_a_killed_worker_loses_no_trial(tiny_flags: list[str], tmp_path: Path) -> None:
