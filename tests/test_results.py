@@ -222,6 +222,26 @@ def test_seeds_are_pooled_in_a_table_of_settings(
     assert text.count("best setting |") == 4, "each of its runs, and the setting itself"
 
 
+def test_a_name_that_several_settings_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says what differs, in both tables; seeds of one setting may share it."""
+    for seed in range(2):
+        make_run(tmp_path, 0.93, dropout=0.1, seed=seed, experiment="mine")
+        make_run(tmp_path, 0.60, dropout=0.2, seed=seed, experiment="mine")
+        make_run(tmp_path, 0.80, dropout=0.3, seed=seed, experiment="other")
+    found = results.settings(results.summaries(tmp_path))
+    names = ["mine dropout=0.1", "other", "mine dropout=0.2"]
+    assert results.setting_names(found) == names
+    assert [row["experiment"] for row in results.rows(found)] == [
+        name for name in names for _ in range(2)
+    ]
+    tables.show(found)
+    said = capsys.readouterr().out
+    assert said.count("\nmine dropout=0.2 ") == 3, "two runs and their setting"
+    assert "seeds: mine dropout=0.1, F1" in said
+
+
 def results_by_name(found: list[results.Setting]) -> dict[str, str]:
-    names = tables.setting_names(found)
+    names = results.setting_names(found)
     return {name: setting.verdict(found[0]) for name, setting in zip(names, found, strict=True)}
