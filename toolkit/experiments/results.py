@@ -13,6 +13,7 @@ import pyarrow.parquet
 from toolkit.console import complain
 from toolkit.errors import DataError
 from toolkit.experiments.compare import ALPHA, Judged, against_best, f1
+from toolkit.files import facts_in
 
 METRICS = ("accuracy", "precision", "recall", "f1")
 SETTINGS = ("head", "batch_size", "lr", "epochs", "seed")
@@ -67,7 +68,8 @@ def settings(runs: list[dict[str, Any]]) -> list[Setting]:
     """Pool the seeds of each setting, best first, and compare with the best.
 
     Figures of different test data cannot be compared: the best is one of the runs on the data that
-    most runs share, which come first. A run without its predictions is left out, with a warning.
+    most runs share, which come first. A run without its predictions is left out, with a warning; so
+    is one that was trained again under another id, which is no further seed.
     """
     groups: dict[tuple[str, str], list[Predicted]] = defaultdict(list)
     for run in runs:
@@ -80,7 +82,7 @@ def settings(runs: list[dict[str, Any]]) -> list[Setting]:
         groups[json.dumps(key, sort_keys=True), predicted.test_set].append(predicted)
     if not groups:
         return []
-    found = [_pool(group) for group in groups.values()]
+    found = [_pool(_newest_of_each_seed(group)) for group in groups.values()]
     sharing = Counter(setting.test_set for setting in found for _ in setting.runs)
     main = max(found, key=lambda setting: (sharing[setting.test_set], len(setting.judged.labels_N)))
     found.sort(key=lambda setting: (setting.test_set == main.test_set, setting.f1), reverse=True)
@@ -100,6 +102,22 @@ class Predicted:
     """Hash of the test rows, their labels, and the files that they are from."""
     labels: np.ndarray
     positive: np.ndarray
+
+
+def _newest_of_each_seed(group: list[Predicted]) -> list[Predicted]:
+    kept = {each.run["config"]["seed"]: each for each in sorted(group, key=_ended)}
+    for each in group:
+        newest = kept[each.run["config"]["seed"]]
+        if newest is not each:
+            complain(
+                f"warning: {each.run['run_id']} is left out of the table: {newest.run['run_id']}, which "
+                "is newer, has the same settings and seed"
+            )
+    return list(kept.values())
+
+
+def _ended(predicted: Predicted) -> str:
+    return str(facts_in(predicted.run["folder"] / "status.json").get("time", ""))
 
 
 def _pool(group: list[Predicted]) -> Setting:
