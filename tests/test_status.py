@@ -46,6 +46,17 @@ def test_states(tmp_path: Path) -> None:
     assert read_state(tmp_path).steps_of_start == 0, "this start did not come to its first step"
 
 
+def test_a_step_that_was_saved_counts_though_it_was_not_logged(tmp_path: Path) -> None:
+    write_run(tmp_path, "preempted", steps=1, start="b")
+    run = {"num_steps": 100, "first_step": 12, "start": "b"}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    for name in ("step-000011", "step-000017", "aside-1-step-000040", ".step-000041"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    state = read_state(tmp_path)
+    assert state.describe() == "step 17 of 100"
+    assert state.steps_of_start == 6
+
+
 def test_a_running_run_says_where_and_how_long(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     write_run(folder, "running")
