@@ -151,7 +151,8 @@ def test_the_next_morning(
             "queued seed=2 job 18_2, PENDING (JobHeldUser) step 40 of 100",
             "failed seed=3 diverged: 11 steps, step 40 of 100 (log /logs/3.out)",
             "stopped seed=4 stopped: its metric was not promising, step 40 of 100",
-            f"waiting seed=5 its last start ended before the run began (log {logs}/mine_17_5.out)",
+            "waiting seed=5 its last start has not begun its run, or ended before it did "
+            f"(log {logs}/mine_17_5.out)",
             "queued seed=6 job 18_6, RUNNING on n1, not begun yet",
             "waiting seed=7",
         ),
@@ -176,6 +177,11 @@ def test_a_search_has_a_status_too(tmp_path: Path, capsys: pytest.CaptureFixture
     parameters = {"output_dir": {"value": str(tmp_path)}, "lr": {"min": 1e-5, "max": 1e-4}}
     file.write_text(yaml.safe_dump({"method": "random", "parameters": parameters}))
     write_run(tmp_path / "v2-abc", "preempted")
+    write_run(tmp_path / "v2-def", "failed")
     assert main(["status", str(file)]) == 0
-    assert "v2-abc" in capsys.readouterr().out
-    assert status.list_runs("status", None, [str(file)])[1] == tmp_path
+    said = capsys.readouterr().out
+    assert "v2-abc" in said
+    assert f"what is preempted: python -m toolkit sweep run {file} --search optuna\n" in said
+    assert "submit" not in said
+    assert "--retry_failed" not in said
+    assert status.list_runs("status", None, [str(file)]).folder == tmp_path

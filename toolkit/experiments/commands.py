@@ -114,8 +114,7 @@ def _search(asked: Request) -> int:
 
 def sync(argv: list[str]) -> int:
     """Send what offline runs have kept to Weights & Biases; needs a key and the network."""
-    _, _, listed = list_runs("sync", sync.__doc__, argv)
-    folders = [each.folder for each in listed]
+    folders = [each.folder for each in list_runs("sync", sync.__doc__, argv).runs]
     kept = [path for folder in folders for path in sorted(folder.glob("wandb/offline-run-*"))]
     if not kept:
         say("No offline runs there.")
@@ -132,8 +131,8 @@ def sync(argv: list[str]) -> int:
 
 def results(argv: list[str]) -> int:
     """Write and show the table of all completed runs."""
-    _, folder, listed = list_runs("results", results.__doc__, argv)
-    return 0 if _show_results(folder, [each.folder for each in listed]) else 1
+    listing = list_runs("results", results.__doc__, argv)
+    return 0 if _show_results(listing.folder, [each.folder for each in listing.runs]) else 1
 
 
 def _show_results(folder: Path, folders: list[Path]) -> bool:
