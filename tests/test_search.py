@@ -19,6 +19,7 @@ from toolkit.experiments import sweep as sweeps
 from toolkit.experiments.commands import main
 from toolkit.experiments.search import Search, suggest
 from toolkit.experiments.states import read_state
+from toolkit.record.journal import RunFolder
 
 
 def write(folder: Path, flags: list[str], **parameters: Any) -> Path:
@@ -73,6 +74,30 @@ def test_what_is_not_promising_is_stopped(
     [trial] = search.study.get_trials()
     assert trial.state.name == "PRUNED"
     assert read_state(search.folder / trial.user_attrs["run_id"]).kind == "stopped"
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "outcome"),
+    [("preempted", "stopped", "PRUNED"), ("diverged", "failed", "FAIL")],
+)
+def test_what_fails_while_it_is_asked_to_stop_has_failed(
+    tiny_flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    status: str,
+    kind: str,
+    outcome: str,
+) -> None:
+    def ask_and_wait(trial: Any, run: sweeps.Run) -> bool:
+        RunFolder(run.folder).set_status(status, message="11 steps")
+        return True
+
+    search = open_search(write(tmp_path, tiny_flags, lr=LR))
+    monkeypatch.setattr(search, "_watch", ask_and_wait)
+    search.run(1)
+    [trial] = search.study.trials
+    assert trial.state.name == outcome
+    assert read_state(search.folder / trial.user_attrs["run_id"]).kind == kind
 
 
 def test_a_stop_while_a_run_is_started_reaches_it(

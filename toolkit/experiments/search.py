@@ -104,7 +104,8 @@ class Search(local.Runner):
         values = [value for _, value in self._values(run)]
         best = (max if self.sweep.maximize else min)(values, default=None)
         state = read_state(run.folder)
-        pruned = pruned and state.kind != "completed"  # the request may have come too late
+        # the request may have come too late: completed, diverged, out of disk
+        pruned = pruned and state.kind == "preempted"
         if pruned:
             RunFolder(run.folder).set_status("stopped", message="its metric was not promising")
             self.study.tell(trial, state=TrialState.PRUNED)
