@@ -109,12 +109,11 @@ class LocalRunner(Runner):
     def _report(self, run: Run, code: int, seconds: float) -> None:
         state = read_state(run.folder)
         text = f"[{run.index}] {run.run_id}  {state.kind} after {seconds:.0f} s  {state.describe()}"
-        if state.kind != "completed":
-            text += (
-                f"  (exit code {code})"
-                if state.log
-                else f"  (exit code {code}, log {log_file(run)})"
-            )
+        log = str(log_file(run))
+        if (
+            state.kind != "completed"
+        ):  # a launcher that died at once has left an earlier start's state
+            text += f"  (exit code {code}" + (")" if log in text else f", log {log})")
         say(text)
 
 
