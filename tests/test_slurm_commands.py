@@ -133,6 +133,20 @@ def test_configurations_that_a_sweep_names_are_kept_too(tmp_path: Path) -> None:
     assert [seed for _, _, seed in after] == [0, 1]
 
 
+def test_a_configuration_in_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("epochs: 3\n")
+    content = yaml.safe_load(SWEEP.read_text())
+    content["parameters"]["config"] = {"value": "~/mine.yaml"}
+    sweep = tmp_path / "own.yaml"
+    sweep.write_text(yaml.safe_dump(content))
+    request = Request(argparse.Namespace(), load(sweep), [f"--output_dir={tmp_path}"], [])
+    tasks = runs(load(slurm.freeze(request, tmp_path)), [])
+    assert [task.config for task in tasks] == [run.config for run in request.runs()]
+
+
 @pytest.mark.parametrize("is_two_words", [False, True])
 def test_a_configuration_given_as_a_flag_is_kept_too(tmp_path: Path, is_two_words: bool) -> None:
     file = tmp_path / "mine.yaml"
@@ -187,14 +201,20 @@ def test_only_what_is_missing_is_submitted(
     assert "2 queued, 2 waiting" in said
 
 
-@pytest.mark.parametrize("option", ["--array=0", "-a", "--test-only", "--output=x"])
+OWN = ["--array=0", "-a", "--test-only", "--output=x", "-a0-9", "-ox", "--arr=0", "--outp=x"]
+
+
+@pytest.mark.parametrize("option", OWN)
 def test_what_submit_decides_itself(
     fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
 ) -> None:
-    assert main(["submit", str(SWEEP), f"--output_dir={tmp_path}", option, "--nodes=1"]) == 2
+    assert (
+        main(["submit", str(SWEEP), f"--output_dir={tmp_path}", option, "--nodes=1", "--open"]) == 2
+    )
     shown = capsys.readouterr()
     assert f"{option.partition('=')[0]} is not for `sweep submit`" in shown.err
     assert "--nodes" not in shown.err
+    assert "--open" not in shown.err
     assert not list(tmp_path.glob("*/.submitted"))
 
 
