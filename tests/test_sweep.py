@@ -362,6 +362,8 @@ def test_flags_of_a_run_and_others() -> None:
         (["plan", "absent.yaml"], 2, "cannot be read"),
         (["plan", str(SWEEPS[0]), "--lrr=3"], 2, "--lrr=3 is unknown"),
         (["run", str(SWEEPS[0]), "--jobs=0"], 2, "--jobs got 0"),
+        (["run", str(SWEEPS[0]), "--jobs=0", "--overwrite"], 2, "to train one run again: "),
+        (["submit", str(SWEEPS[0]), "--overwrite", "true"], 2, "to train one run again: "),
         (["results", "/proc/self/fd"], 1, "no completed run"),
     ],
 )

@@ -20,7 +20,13 @@ from pathlib import Path
 from toolkit.console import complain, say
 from toolkit.errors import ConfigError, ToolkitError
 from toolkit.experiments import batch
-from toolkit.experiments.arguments import Request, note_what_is_ignored, parser, read
+from toolkit.experiments.arguments import (
+    Request,
+    note_what_is_ignored,
+    parser,
+    read,
+    refuse_overwrite,
+)
 from toolkit.experiments.status import list_runs, status
 from toolkit.network import why_unreachable
 from toolkit.record.tracking import has_wandb_key, wandb_url
@@ -81,6 +87,7 @@ def run(argv: list[str]) -> int:
     asked = read(made, argv)
     if asked.options.search:
         return _search(asked)
+    refuse_overwrite(asked)
     jobs, runs = asked.options.jobs, asked.runs()
     if jobs < 1:
         raise ConfigError([f"--jobs got {jobs}, allowed is 1 or more"])
