@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,16 @@ def test_who_writes_in_a_folder(tmp_path: Path) -> None:
     with lock_path(folder.path).open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_SH)  # another one asks at this moment
         assert not folder.in_use()
+
+
+def test_a_failure_is_recorded_though_somebody_asks_at_this_moment(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    write_run(folder.path, "preempted")
+    with lock_path(folder.path).open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        threading.Timer(0.2, fcntl.flock, (file.fileno(), fcntl.LOCK_UN)).start()
+        folder.record_failure("data_error", "no column text")
+    assert folder.status == "data_error"
 
 
 def test_folders_that_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
