@@ -1,12 +1,23 @@
 # shellcheck shell=bash
 # Sourced by the templates: start a command on the job's nodes; if asked, let it save and queue again.
 
+# sbatch hands over the login node's TMPDIR, which may not be there on this node
+[[ -w ${TMPDIR:-/tmp} ]] || export TMPDIR=/tmp
 export TOOLKIT_STOP_FILE=${TMPDIR:-/tmp}/toolkit-stop-$SLURM_JOB_ID
 rm -f "$TOOLKIT_STOP_FILE"
 asked=()
 interrupted=0
-trap 'asked=(--asked); interrupted=1; touch "$TOOLKIT_STOP_FILE"' USR2
+code=1 # of a job that is asked to stop before its first command
+ask_to_stop() {
+    asked=(--asked)
+    interrupted=1
+    # on a full disk, too, this script has to outlive the run
+    touch "$TOOLKIT_STOP_FILE" || echo "warning: the run is not asked to stop" >&2 || true
+}
+trap ask_to_stop USR2
 export PATH="${VENV:-$TOOLKIT_ROOT/.venv}/bin:$PATH" PYTHONPATH="$TOOLKIT_ROOT${PYTHONPATH:+:$PYTHONPATH}"
+# sbatch --export holds for srun too, which would not hand over what is exported here
+export SLURM_EXPORT_ENV=ALL
 # since SLURM 22.05 srun does not take the job's value over: where tasks are bound, it may get one core
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 

@@ -1,10 +1,13 @@
 """A launch file that contradicts the run is refused, with both places named, before anything loads."""
 
 import json
+import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from tests.programs import ROOT
 from toolkit.config import parse
 from toolkit.errors import ConfigError
 from toolkit.launcher import refuse_contradictions
@@ -105,3 +108,49 @@ def test_a_deepspeed_file(tmp_path: Path) -> None:
     assert said.count(str(path)) == 11
     path.write_text("{")
     assert "cannot be read" in refused(environment)
+
+
+def install(venv: Path, *extra: str) -> "subprocess.CompletedProcess[str]":
+    """Run install.sh with a Python of which `index` says whether pip finds a package index."""
+    python = venv / "bin" / "python"
+    python.parent.mkdir(parents=True, exist_ok=True)
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] || [ -e {venv}/index ]\n')
+    python.chmod(0o755)
+    settings = {"PATH": "/usr/bin:/bin", "VENV": str(venv), "PYTHON": str(python)}
+    command = ["bash", str(ROOT / "launch" / "install.sh"), *extra]
+    return subprocess.run(command, env=settings, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("before", "is_there", "is_missing"),
+    [
+        ([""], [""], ["search", "dev"]),
+        (["search"], ["", "search"], ["deepspeed"]),
+        (["", "search", "deepspeed"], ["", "search", "deepspeed"], ["dev"]),
+        (["dev"], ["", "search", "deepspeed", "dev"], []),
+    ],
+)
+def test_what_is_installed_needs_no_package_index(
+    tmp_path: Path, before: list[str], is_there: list[str], is_missing: list[str]
+) -> None:
+    """Nor does an extra that cannot be had take the others away."""
+    (tmp_path / "index").touch()
+    for extra in before:
+        assert install(tmp_path, *filter(None, [extra])).returncode == 0
+    (tmp_path / "index").unlink()
+    for extra in is_missing:
+        assert install(tmp_path, extra).returncode != 0
+    for extra in is_there:
+        assert "Installed already" in install(tmp_path, *filter(None, [extra])).stdout
+    stamp = tmp_path / ".bert-heads-toolkit"
+    stamp.write_text(stamp.read_text().replace(" ", " 1", 1))  # of other pins
+    assert install(tmp_path).returncode != 0
+    assert not stamp.exists()
+
+
+def test_dev_has_what_the_other_extras_have() -> None:
+    """install.sh relies on it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert len(extras) == 3
+    assert all(set(packages) <= set(extras["dev"]) for packages in extras.values())

@@ -1,5 +1,6 @@
 """Sweeps on this machine: what fails stops nothing else, and a Ctrl-C loses nothing."""
 
+import json
 import os
 import signal
 import subprocess
@@ -117,6 +118,20 @@ def test_what_cannot_be_started_stops_no_other(
     said = capsys.readouterr().out
     assert "2 runs: 0 completed, 1 to do, 1 running" in said
     assert f"{first.run_id}  could not be started: " in said
+
+
+def test_a_launcher_that_dies_at_once(
+    tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it printed is in its own log, whatever log an earlier start named."""
+    path = write(tmp_path, tiny_flags, ["false", *PYTHON[1:]], seed=[1])
+    [run] = runs(load(path), [])
+    run.folder.mkdir(parents=True)
+    for status in ("preempted", "crashed"):
+        old = {"status": status, "message": "why", "log": "/old/17.out"}
+        (run.folder / "status.json").write_text(json.dumps(old))
+        assert not LocalRunner([run], 1).run(retry_failed=True)
+        assert f"(exit code 1, log {log_file(run)})" in capsys.readouterr().out
 
 
 def test_a_command_that_is_not_there(

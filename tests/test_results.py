@@ -26,7 +26,7 @@ def make_run(
 ) -> RunConfig:
     """Leave what a completed run leaves; its judgements are those of a run of that accuracy."""
     config = RunConfig(**settings)
-    run_id = f"{config.head}-{config.hash()[:6]}"
+    run_id = config.run_id or f"{config.head}-{config.hash()[:6]}"
     path = folder / run_id
     (path / "best").mkdir(parents=True)
     dice = np.random.default_rng(int(config.hash()[:6], 16))
@@ -114,6 +114,23 @@ def test_a_file_that_was_mended_between_two_runs(tmp_path: Path) -> None:
     assert [len(setting.runs) for setting in found] == [2, 1]
     assert [row["verdict"] for row in results.rows(found)][-1] == "other test data"
     assert "or files that have changed" in tables.to_markdown(found)
+
+
+def test_a_run_that_was_trained_again_is_no_seed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The newest counts, whatever it is called."""
+    make_run(tmp_path, 0.9, seed=1)
+    for day, name in ((1, "first"), (3, "again"), (2, "between")):
+        make_run(tmp_path, 0.9, seed=0, run_id=name)
+        status = {"status": "completed", "time": f"2026-11-0{day}T12:00:00+0000"}
+        (tmp_path / name / "status.json").write_text(json.dumps(status))
+    [setting] = results.settings(results.summaries(tmp_path))
+    assert sorted(run["config"]["seed"] for run in setting.runs) == [0, 1]
+    assert "again" in [run["run_id"] for run in setting.runs]
+    said = capsys.readouterr().err
+    assert "between is left out of the table: again, which is newer" in said
+    assert "first is left out of the table: again" in said
 
 
 @pytest.mark.parametrize(
@@ -222,6 +239,26 @@ def test_seeds_are_pooled_in_a_table_of_settings(
     assert text.count("best setting |") == 4, "each of its runs, and the setting itself"
 
 
+def test_a_name_that_several_settings_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says what differs, in both tables; seeds of one setting may share it."""
+    for seed in range(2):
+        make_run(tmp_path, 0.93, dropout=0.1, seed=seed, experiment="mine")
+        make_run(tmp_path, 0.60, dropout=0.2, seed=seed, experiment="mine")
+        make_run(tmp_path, 0.80, dropout=0.3, seed=seed, experiment="other")
+    found = results.settings(results.summaries(tmp_path))
+    names = ["mine dropout=0.1", "other", "mine dropout=0.2"]
+    assert results.setting_names(found) == names
+    assert [row["experiment"] for row in results.rows(found)] == [
+        name for name in names for _ in range(2)
+    ]
+    tables.show(found)
+    said = capsys.readouterr().out
+    assert said.count("\nmine dropout=0.2 ") == 3, "two runs and their setting"
+    assert "seeds: mine dropout=0.1, F1" in said
+
+
 def results_by_name(found: list[results.Setting]) -> dict[str, str]:
-    names = tables.setting_names(found)
+    names = results.setting_names(found)
     return {name: setting.verdict(found[0]) for name, setting in zip(names, found, strict=True)}

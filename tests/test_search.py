@@ -14,10 +14,12 @@ import yaml
 
 from tests.programs import ROOT
 from toolkit.errors import ConfigError
+from toolkit.experiments import local
 from toolkit.experiments import sweep as sweeps
 from toolkit.experiments.commands import main
 from toolkit.experiments.search import Search, suggest
 from toolkit.experiments.states import read_state
+from toolkit.record.journal import RunFolder
 
 
 def write(folder: Path, flags: list[str], **parameters: Any) -> Path:
@@ -72,6 +74,48 @@ def test_what_is_not_promising_is_stopped(
     [trial] = search.study.get_trials()
     assert trial.state.name == "PRUNED"
     assert read_state(search.folder / trial.user_attrs["run_id"]).kind == "stopped"
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "outcome"),
+    [("preempted", "stopped", "PRUNED"), ("diverged", "failed", "FAIL")],
+)
+def test_what_fails_while_it_is_asked_to_stop_has_failed(
+    tiny_flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    status: str,
+    kind: str,
+    outcome: str,
+) -> None:
+    def ask_and_wait(trial: Any, run: sweeps.Run) -> bool:
+        RunFolder(run.folder).set_status(status, message="11 steps")
+        return True
+
+    search = open_search(write(tmp_path, tiny_flags, lr=LR))
+    monkeypatch.setattr(search, "_watch", ask_and_wait)
+    search.run(1)
+    [trial] = search.study.trials
+    assert trial.state.name == outcome
+    assert read_state(search.folder / trial.user_attrs["run_id"]).kind == kind
+
+
+def test_a_stop_while_a_run_is_started_reaches_it(
+    tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    search = open_search(write(tmp_path, tiny_flags, lr=LR, epochs={"value": 60}))
+
+    def start(*arguments: Any, **environment: str) -> "subprocess.Popen[bytes]":
+        process = start_run(*arguments, **environment)
+        search.stop()
+        return process
+
+    start_run = local.start
+    monkeypatch.setattr(local, "start", start)
+    assert not search.run(1)
+    [trial] = search.study.trials
+    assert read_state(search.folder / trial.user_attrs["run_id"]).kind == "preempted"
 
 
 def test_a_killed_worker_loses_no_trial(tiny_flags: list[str], tmp_path: Path) -> None:

@@ -240,6 +240,10 @@ def test_a_run_folder_that_is_a_link_elsewhere_is_refused(
         "HF_TOKEN: CANARY-7",
         "Bearer CANARY-IN-ENV",
         "Authorization: Bearer CANARY-8",
+        "{'authorization': 'Basic CANARY'}",
+        "got Bearer hf_CANARYcanaryCANARY",
+        "Bearer eyJhbGciOi.CANARY-9.x_y",
+        "Basic CANARY8wYXNzd29yZA==",
         "https://me:CAN/ARY@CANARY-7@host/simple",
     ],
 )
@@ -248,8 +252,18 @@ def test_redaction(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "CANARY" not in redact(text)
 
 
-def test_redaction_leaves_the_rest() -> None:
-    text = "max_tokens: 64, see https://example.org/a?b=1 and mail@example.org; 300 tokens/s"
+@pytest.mark.parametrize(
+    "text",
+    [
+        "max_tokens: 64, see https://example.org/a?b=1 and mail@example.org; 300 tokens/s",
+        "Basic head",
+        "/data/Basic reviews.csv",
+        "/data/Basic Reviews2023/reviews_2023.csv",
+        "Basic transformer-encoder v2",
+        "Bearer of bad news",
+    ],
+)
+def test_redaction_leaves_the_rest(text: str) -> None:
     assert redact(text) == text
 
 

@@ -133,6 +133,20 @@ def test_configurations_that_a_sweep_names_are_kept_too(tmp_path: Path) -> None:
     assert [seed for _, _, seed in after] == [0, 1]
 
 
+def test_a_configuration_in_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("epochs: 3\n")
+    content = yaml.safe_load(SWEEP.read_text())
+    content["parameters"]["config"] = {"value": "~/mine.yaml"}
+    sweep = tmp_path / "own.yaml"
+    sweep.write_text(yaml.safe_dump(content))
+    request = Request(argparse.Namespace(), load(sweep), [f"--output_dir={tmp_path}"], [])
+    tasks = runs(load(slurm.freeze(request, tmp_path)), [])
+    assert [task.config for task in tasks] == [run.config for run in request.runs()]
+
+
 @pytest.mark.parametrize("is_two_words", [False, True])
 def test_a_configuration_given_as_a_flag_is_kept_too(tmp_path: Path, is_two_words: bool) -> None:
     file = tmp_path / "mine.yaml"
@@ -187,14 +201,20 @@ def test_only_what_is_missing_is_submitted(
     assert "2 queued, 2 waiting" in said
 
 
-@pytest.mark.parametrize("option", ["--array=0", "-a", "--test-only", "--output=x"])
+OWN = ["--array=0", "-a", "--test-only", "--output=x", "-a0-9", "-ox", "--arr=0", "--outp=x"]
+
+
+@pytest.mark.parametrize("option", OWN)
 def test_what_submit_decides_itself(
     fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
 ) -> None:
-    assert main(["submit", str(SWEEP), f"--output_dir={tmp_path}", option, "--nodes=1"]) == 2
+    assert (
+        main(["submit", str(SWEEP), f"--output_dir={tmp_path}", option, "--nodes=1", "--open"]) == 2
+    )
     shown = capsys.readouterr()
     assert f"{option.partition('=')[0]} is not for `sweep submit`" in shown.err
     assert "--nodes" not in shown.err
+    assert "--open" not in shown.err
     assert not list(tmp_path.glob("*/.submitted"))
 
 
@@ -311,22 +331,45 @@ def test_a_task_of_an_array_asks_for_itself(fake: Path, monkeypatch: pytest.Monk
     assert (fake / "calls").read_text().endswith("show job 12_3\n")
 
 
-def test_the_code_of_a_command_is_not_lost() -> None:
-    """Though it ends at once, or the warning comes while it runs."""
-    script = """
-    source "$TOOLKIT_ROOT/slurm/supervise.sh"
-    for ((i = 0; i < 40; i++)); do wait_for bash -c "exit 3"; echo "$code"; done
-    wait_for bash -c "kill -USR2 $$; sleep 0.3; exit 5"; echo "$code"
-    is_asked && rm "$TOOLKIT_STOP_FILE" && echo asked
-    """
-    settings = {"SLURM_JOB_ID": f"test-{os.getpid()}", "TOOLKIT_ROOT": str(ROOT)}
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script],
-        env=os.environ | settings,
+def supervised(script: str, **settings: str) -> "subprocess.CompletedProcess[str]":
+    """Run a script as a template runs it."""
+    job = {"SLURM_JOB_ID": f"test-{os.getpid()}", "TOOLKIT_ROOT": str(ROOT)}
+    return subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", f'source "$TOOLKIT_ROOT/slurm/supervise.sh"\n{script}'],
+        env=os.environ | job | settings,
         capture_output=True,
         text=True,
     )
+
+
+def test_the_code_of_a_command_is_not_lost() -> None:
+    """Though it ends at once, or the warning comes while it runs."""
+    done = supervised("""
+    for ((i = 0; i < 40; i++)); do wait_for bash -c "exit 3"; echo "$code"; done
+    wait_for bash -c "kill -USR2 $$; sleep 0.3; exit 5"; echo "$code"
+    is_asked && rm "$TOOLKIT_STOP_FILE" && echo asked
+    """)
     assert done.stdout.split() == ["3"] * 40 + ["5", "asked"], done.stderr
+
+
+def test_a_node_without_the_tmpdir_of_the_login_node(tmp_path: Path) -> None:
+    script = 'kill -USR2 $$; rm "$TOOLKIT_STOP_FILE"; mktemp -u; is_asked && echo asked'
+    done = supervised(script, TMPDIR=str(tmp_path / "absent"))
+    assert done.stdout.split()[1:] == ["asked"], done.stderr
+
+
+def test_a_stop_file_that_cannot_be_written_does_not_end_the_job(tmp_path: Path) -> None:
+    done = supervised(
+        f"TOOLKIT_STOP_FILE={tmp_path}/absent/stop; kill -USR2 $$; is_asked && echo asked"
+    )
+    assert done.stdout == "asked\n", done.stderr
+    assert "warning: the run is not asked to stop" in done.stderr
+
+
+def test_asked_before_the_first_command() -> None:
+    """A job that may not queue again ends with an exit code, not with a mistake of the script."""
+    done = supervised("toolkit() { return 1; }; MAX_REQUEUES=0 requeue_if_asked")
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_an_array_that_is_too_large(

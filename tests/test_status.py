@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,17 @@ def test_states(tmp_path: Path) -> None:
     assert read_state(tmp_path).steps_of_start == 0, "this start did not come to its first step"
 
 
+def test_a_step_that_was_saved_counts_though_it_was_not_logged(tmp_path: Path) -> None:
+    write_run(tmp_path, "preempted", steps=1, start="b")
+    run = {"num_steps": 100, "first_step": 12, "start": "b"}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    for name in ("step-000011", "step-000017", "aside-1-step-000040", ".step-000041"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    state = read_state(tmp_path)
+    assert state.describe() == "step 17 of 100"
+    assert state.steps_of_start == 6
+
+
 def test_a_running_run_says_where_and_how_long(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     write_run(folder, "running")
@@ -83,6 +95,16 @@ def test_who_writes_in_a_folder(tmp_path: Path) -> None:
     with lock_path(folder.path).open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_SH)  # another one asks at this moment
         assert not folder.in_use()
+
+
+def test_a_failure_is_recorded_though_somebody_asks_at_this_moment(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    write_run(folder.path, "preempted")
+    with lock_path(folder.path).open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        threading.Timer(0.2, fcntl.flock, (file.fileno(), fcntl.LOCK_UN)).start()
+        folder.record_failure("data_error", "no column text")
+    assert folder.status == "data_error"
 
 
 def test_folders_that_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +162,8 @@ def test_the_next_morning(
             "queued seed=2 job 18_2, PENDING (JobHeldUser) step 40 of 100",
             "failed seed=3 diverged: 11 steps, step 40 of 100 (log /logs/3.out)",
             "stopped seed=4 stopped: its metric was not promising, step 40 of 100",
-            f"waiting seed=5 its last start ended before the run began (log {logs}/mine_17_5.out)",
+            "waiting seed=5 its last start has not begun its run, or ended before it did "
+            f"(log {logs}/mine_17_5.out)",
             "queued seed=6 job 18_6, RUNNING on n1, not begun yet",
             "waiting seed=7",
         ),
@@ -165,6 +188,11 @@ def test_a_search_has_a_status_too(tmp_path: Path, capsys: pytest.CaptureFixture
     parameters = {"output_dir": {"value": str(tmp_path)}, "lr": {"min": 1e-5, "max": 1e-4}}
     file.write_text(yaml.safe_dump({"method": "random", "parameters": parameters}))
     write_run(tmp_path / "v2-abc", "preempted")
+    write_run(tmp_path / "v2-def", "failed")
     assert main(["status", str(file)]) == 0
-    assert "v2-abc" in capsys.readouterr().out
-    assert status.list_runs("status", None, [str(file)])[1] == tmp_path
+    said = capsys.readouterr().out
+    assert "v2-abc" in said
+    assert f"what is preempted: python -m toolkit sweep run {file} --search optuna\n" in said
+    assert "submit" not in said
+    assert "--retry_failed" not in said
+    assert status.list_runs("status", None, [str(file)]).folder == tmp_path

@@ -236,6 +236,21 @@ def test_a_configuration_for_all_runs(tmp_path: Path) -> None:
     assert {run.config.epochs for run in runs(path, *extra)} == {7}
 
 
+def test_runs_of_one_sweep_are_in_one_folder(tmp_path: Path) -> None:
+    """Logs, the table and what SLURM's tasks read lie beside the run folders."""
+    files = [tmp_path / f"{name}.yaml" for name in "ab"]
+    for seed, file in enumerate(files):
+        file.write_text(f"output_dir: {tmp_path / file.stem}\nseed: {seed}\n")
+    path = write(tmp_path, parameters={"config": {"values": [str(file) for file in files]}})
+    with pytest.raises(ConfigError) as caught:
+        runs(path)
+    [problem] = caught.value.problems
+    assert f"{tmp_path / 'a'}, {tmp_path / 'b'}" in problem
+    assert "--output_dir" in problem
+    found = runs(path, f"--output_dir={tmp_path / 'c'}")
+    assert {run.folder.parent for run in found} == {tmp_path / "c"}
+
+
 def test_what_a_grid_cannot_list(tmp_path: Path) -> None:
     uniform = {"lr": {"min": 0.1, "max": 0.2}}
     with pytest.raises(ConfigError, match="a grid needs value or values"):
@@ -347,6 +362,8 @@ def test_flags_of_a_run_and_others() -> None:
         (["plan", "absent.yaml"], 2, "cannot be read"),
         (["plan", str(SWEEPS[0]), "--lrr=3"], 2, "--lrr=3 is unknown"),
         (["run", str(SWEEPS[0]), "--jobs=0"], 2, "--jobs got 0"),
+        (["run", str(SWEEPS[0]), "--jobs=0", "--overwrite"], 2, "to train one run again: "),
+        (["submit", str(SWEEPS[0]), "--overwrite", "true"], 2, "to train one run again: "),
         (["results", "/proc/self/fd"], 1, "no completed run"),
     ],
 )

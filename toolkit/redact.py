@@ -7,7 +7,12 @@ from typing import Any
 HIDDEN = "***"
 NAMES = re.compile(r"(key|token|secret|password|passwd|credential)s?$", re.IGNORECASE)
 CREDENTIALS_IN_URL = re.compile(r"(\w+://)[^\s'\"]+@")
-IN_HEADER = re.compile(r"\b(Bearer|Basic)\s+\S+")
+IN_HEADER = (
+    re.compile(r"(\bAuthorization['\"]?\s*[:=]\s*['\"]?(?:Bearer|Basic)\s+)\S+", re.IGNORECASE),
+    re.compile(r"(\bBearer\s+)(?=\S*\d|\S*[a-z][A-Z])[\w+/=.~-]{8,}"),
+    re.compile(r"(\bBasic\s+)(?=\S*\d|\S*[a-z][A-Z])(?:[A-Za-z0-9+/=]{4}){3,}(?![\w+/=.-])"),
+)
+"""Without the header's name only what looks like a token: a file may be called `Basic reviews.csv`."""
 NAMED_VALUE = re.compile(
     r"(\w*(?:api_?key|_key|token|secret|password|passwd)['\"]?(?:\s*[=:]\s*| got )['\"]?)([^\s'\",}&]+)",
     re.IGNORECASE,
@@ -22,7 +27,8 @@ def redact(text: str) -> str:
         if NAMES.search(name) and len(value) >= SHORTEST:
             text = text.replace(value, HIDDEN)
     text = CREDENTIALS_IN_URL.sub(rf"\1{HIDDEN}@", text)
-    text = IN_HEADER.sub(rf"\1 {HIDDEN}", text)
+    for pattern in IN_HEADER:
+        text = pattern.sub(rf"\1{HIDDEN}", text)
     return NAMED_VALUE.sub(rf"\1{HIDDEN}", text)
 
 

@@ -13,7 +13,7 @@ import yaml
 
 from tests.faults.harness import result_of
 from tests.programs import ROOT
-from tests.slurm.bench import Bench
+from tests.slurm.bench import SETTINGS, Bench
 from tests.slurm.cluster import Cluster, why_not
 from tests.wandb_server import ENTITY, PROJECT, serving
 
@@ -79,6 +79,13 @@ def test_two_nodes(bench: Bench) -> None:
     assert bench.status("two")["status"] == "completed", bench.logs()
     facts = json.loads((bench.run_folder("two") / "run.json").read_text())
     assert facts["world_size"] == 2
+
+
+def test_a_job_that_gets_some_variables_only(bench: Bench) -> None:
+    """The run gets those, and what the templates set besides."""
+    export = f"--export={','.join(SETTINGS)}"
+    bench.wait(bench.train(export, "--time=10", flags=["--run_id=some", "--max_steps=2"]))
+    assert bench.status("some")["status"] == "completed", bench.logs()
 
 
 @pytest.fixture(scope="module")

@@ -59,6 +59,19 @@ def read(made: argparse.ArgumentParser, argv: list[str], *, with_others: bool = 
     return Request(options, sweeps.load(options.file), extra, others)
 
 
+def refuse_overwrite(request: Request) -> None:
+    """Refuse a flag that would do nothing: what is complete is not started.
+
+    Raises:
+        ConfigError: when it is given.
+    """
+    if any(flag.partition("=")[0] == "--overwrite" for flag in request.extra):
+        again = "python -m toolkit train --config RUN_FOLDER/config.yaml --overwrite"
+        raise ConfigError(
+            [f"--overwrite: a sweep starts what is missing alone; to train one run again: {again}"]
+        )
+
+
 def note_what_is_ignored(request: Request) -> None:
     """Say that a grid's runs are all trained to their end."""
     if request.sweep.early_terminate:

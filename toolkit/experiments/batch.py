@@ -10,7 +10,7 @@ from toolkit import scheduler
 from toolkit.console import say
 from toolkit.errors import ConfigError
 from toolkit.experiments import slurm
-from toolkit.experiments.arguments import note_what_is_ignored, parser, read
+from toolkit.experiments.arguments import note_what_is_ignored, parser, read, refuse_overwrite
 from toolkit.experiments.states import read_state
 from toolkit.experiments.sweep import ROOT, Sweep, find, run_at
 
@@ -28,6 +28,7 @@ def submit(argv: list[str]) -> int:
     made.add_argument("--throttle", type=int, help="tasks at the same time")
     made.add_argument("--retry_failed", action="store_true", help="failed and stopped runs, too")
     asked = read(made, argv, with_others=True)
+    refuse_overwrite(asked)
     _hold_against_template(asked.sweep)
     runs = asked.runs()
     todo = slurm.missing(runs, slurm.queue(), asked.options.retry_failed)

@@ -20,7 +20,13 @@ from pathlib import Path
 from toolkit.console import complain, say
 from toolkit.errors import ConfigError, ToolkitError
 from toolkit.experiments import batch
-from toolkit.experiments.arguments import Request, note_what_is_ignored, parser, read
+from toolkit.experiments.arguments import (
+    Request,
+    note_what_is_ignored,
+    parser,
+    read,
+    refuse_overwrite,
+)
 from toolkit.experiments.status import list_runs, status
 from toolkit.network import why_unreachable
 from toolkit.record.tracking import has_wandb_key, wandb_url
@@ -81,6 +87,7 @@ def run(argv: list[str]) -> int:
     asked = read(made, argv)
     if asked.options.search:
         return _search(asked)
+    refuse_overwrite(asked)
     jobs, runs = asked.options.jobs, asked.runs()
     if jobs < 1:
         raise ConfigError([f"--jobs got {jobs}, allowed is 1 or more"])
@@ -114,8 +121,7 @@ def _search(asked: Request) -> int:
 
 def sync(argv: list[str]) -> int:
     """Send what offline runs have kept to Weights & Biases; needs a key and the network."""
-    _, _, listed = list_runs("sync", sync.__doc__, argv)
-    folders = [each.folder for each in listed]
+    folders = [each.folder for each in list_runs("sync", sync.__doc__, argv).runs]
     kept = [path for folder in folders for path in sorted(folder.glob("wandb/offline-run-*"))]
     if not kept:
         say("No offline runs there.")
@@ -132,8 +138,8 @@ def sync(argv: list[str]) -> int:
 
 def results(argv: list[str]) -> int:
     """Write and show the table of all completed runs."""
-    _, folder, listed = list_runs("results", results.__doc__, argv)
-    return 0 if _show_results(folder, [each.folder for each in listed]) else 1
+    listing = list_runs("results", results.__doc__, argv)
+    return 0 if _show_results(listing.folder, [each.folder for each in listing.runs]) else 1
 
 
 def _show_results(folder: Path, folders: list[Path]) -> bool:

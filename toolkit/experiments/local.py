@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from toolkit.console import say
 from toolkit.errors import ConfigError
@@ -28,14 +28,43 @@ Thing = TypeVar("Thing")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 
 
-class LocalRunner:
+class Runner:
     """Starts runs and passes on requests to stop."""
 
-    def __init__(self, runs: list[Run], jobs: int) -> None:
-        self.runs = runs
-        self.jobs = jobs
+    def __init__(self) -> None:
         self.stopping = False
         self._alive: dict[str, tuple[Run, subprocess.Popen[bytes]]] = {}
+
+    @contextmanager
+    def under_way(self, run: Run, **environment: str) -> Iterator["subprocess.Popen[bytes]"]:
+        """Start a run, for a block that waits for its end; a request to stop reaches it meanwhile."""
+        process = start(run, **environment)
+        self._alive[run.run_id] = run, process
+        if self.stopping:  # asked in between
+            ask_to_stop(run)
+        yield process
+        del self._alive[run.run_id]
+        withdraw(run)
+
+    def stop(self) -> None:
+        """Let the runs that are under way save and end, and start no other."""
+        self.stopping = True
+        for run, _ in list(self._alive.values()):
+            ask_to_stop(run)
+
+    def terminate(self) -> None:
+        """End what does not listen."""
+        for _, process in list(self._alive.values()):
+            process.terminate()
+
+
+class LocalRunner(Runner):
+    """Starts the runs of a grid, some at a time."""
+
+    def __init__(self, runs: list[Run], jobs: int) -> None:
+        super().__init__()
+        self.runs = runs
+        self.jobs = jobs
         self._places = places(sorted(os.sched_getaffinity(0)), gpus(), jobs)
         self._lock = threading.Lock()
 
@@ -70,38 +99,22 @@ class LocalRunner:
 
     def _run_at(self, run: Run, place: "Place") -> None:
         started = time.monotonic()
-        process = start(run, **place.environment())
-        with suppress(ProcessLookupError):  # it may have failed at once
-            os.sched_setaffinity(process.pid, place.cores)  # a trainer takes all cores it may use
-        self._alive[run.run_id] = run, process
-        if self.stopping:  # asked in between
-            ask_to_stop(run)
-        code = process.wait()
-        del self._alive[run.run_id]
-        withdraw(run)
+        with self.under_way(run, **place.environment()) as process:
+            with suppress(ProcessLookupError):  # it may have failed at once
+                # a trainer takes all cores it may use
+                os.sched_setaffinity(process.pid, place.cores)
+            code = process.wait()
         self._report(run, code, time.monotonic() - started)
 
     def _report(self, run: Run, code: int, seconds: float) -> None:
         state = read_state(run.folder)
         text = f"[{run.index}] {run.run_id}  {state.kind} after {seconds:.0f} s  {state.describe()}"
-        if state.kind != "completed":
-            text += (
-                f"  (exit code {code})"
-                if state.log
-                else f"  (exit code {code}, log {log_file(run)})"
-            )
+        log = str(log_file(run))
+        if (
+            state.kind != "completed"
+        ):  # a launcher that died at once has left an earlier start's state
+            text += f"  (exit code {code}" + (")" if log in text else f", log {log})")
         say(text)
-
-    def stop(self) -> None:
-        """Let the runs that are under way save and end, and start no other."""
-        self.stopping = True
-        for run, _ in list(self._alive.values()):
-            ask_to_stop(run)
-
-    def terminate(self) -> None:
-        """End what does not listen."""
-        for _, process in list(self._alive.values()):
-            process.terminate()
 
 
 def start(run: Run, **environment: str) -> "subprocess.Popen[bytes]":
@@ -185,20 +198,8 @@ def gpus() -> list[str]:
     return parts or [str(number) for number in range(len(re.findall("(?m)^GPU ", listed.stdout)))]
 
 
-class Stoppable(Protocol):
-    """What can be asked to stop."""
-
-    stopping: bool
-
-    def stop(self) -> None:
-        """Let what is under way save and end, and start nothing more."""
-
-    def terminate(self) -> None:
-        """End what does not listen."""
-
-
 @contextmanager
-def forwarding(runner: Stoppable) -> Iterator[None]:
+def forwarding(runner: Runner) -> Iterator[None]:
     """Let a signal stop the runner; a second one does not wait for what does not listen."""
 
     since = 0.0

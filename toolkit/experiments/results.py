@@ -13,6 +13,7 @@ import pyarrow.parquet
 from toolkit.console import complain
 from toolkit.errors import DataError
 from toolkit.experiments.compare import ALPHA, Judged, against_best, f1
+from toolkit.files import facts_in
 
 METRICS = ("accuracy", "precision", "recall", "f1")
 SETTINGS = ("head", "batch_size", "lr", "epochs", "seed")
@@ -67,7 +68,8 @@ def settings(runs: list[dict[str, Any]]) -> list[Setting]:
     """Pool the seeds of each setting, best first, and compare with the best.
 
     Figures of different test data cannot be compared: the best is one of the runs on the data that
-    most runs share, which come first. A run without its predictions is left out, with a warning.
+    most runs share, which come first. A run without its predictions is left out, with a warning; so
+    is one that was trained again under another id, which is no further seed.
     """
     groups: dict[tuple[str, str], list[Predicted]] = defaultdict(list)
     for run in runs:
@@ -80,7 +82,7 @@ def settings(runs: list[dict[str, Any]]) -> list[Setting]:
         groups[json.dumps(key, sort_keys=True), predicted.test_set].append(predicted)
     if not groups:
         return []
-    found = [_pool(group) for group in groups.values()]
+    found = [_pool(_newest_of_each_seed(group)) for group in groups.values()]
     sharing = Counter(setting.test_set for setting in found for _ in setting.runs)
     main = max(found, key=lambda setting: (sharing[setting.test_set], len(setting.judged.labels_N)))
     found.sort(key=lambda setting: (setting.test_set == main.test_set, setting.f1), reverse=True)
@@ -100,6 +102,22 @@ class Predicted:
     """Hash of the test rows, their labels, and the files that they are from."""
     labels: np.ndarray
     positive: np.ndarray
+
+
+def _newest_of_each_seed(group: list[Predicted]) -> list[Predicted]:
+    kept = {each.run["config"]["seed"]: each for each in sorted(group, key=_ended)}
+    for each in group:
+        newest = kept[each.run["config"]["seed"]]
+        if newest is not each:
+            complain(
+                f"warning: {each.run['run_id']} is left out of the table: {newest.run['run_id']}, which "
+                "is newer, has the same settings and seed"
+            )
+    return list(kept.values())
+
+
+def _ended(predicted: Predicted) -> str:
+    return str(facts_in(predicted.run["folder"] / "status.json").get("time", ""))
 
 
 def _pool(group: list[Predicted]) -> Setting:
@@ -128,18 +146,57 @@ def _predictions(run: dict[str, Any]) -> Predicted:
 
 def rows(found: list[Setting]) -> list[dict[str, Any]]:
     """Return one row for each run, best first."""
-    listed = [_row(run, setting, found[0]) for setting in found for run in setting.runs]
+    names = run_names(found)
+    listed = [
+        {"experiment": names[run["run_id"]]} | _row(run, setting, found[0])
+        for setting in found
+        for run in setting.runs
+    ]
     return sorted(listed, key=lambda row: (row["verdict"] != OTHER, row["f1"] or 0.0), reverse=True)
 
 
 def name_of(run: dict[str, Any]) -> str:
-    """Return what the table calls a run."""
+    """Return what the user calls a run."""
     return run.get("experiment") or run["run_id"]
 
 
+def run_names(found: list[Setting]) -> dict[str, str]:
+    """Name runs, by their ids; a name that several settings have says what differs between them, too."""
+    settings_of = Counter(name for setting in found for name in set(map(name_of, setting.runs)))
+    names = {}
+    for setting, differs in zip(found, _differences(found), strict=True):
+        for run in setting.runs:
+            name = name_of(run)
+            names[run["run_id"]] = name if settings_of[name] == 1 else f"{name} {differs}"
+    return names
+
+
+def setting_names(found: list[Setting]) -> list[str]:
+    """Name settings: as the user named their runs, or by what differs between them."""
+    of_run = run_names(found)
+    names = []
+    for setting, differs in zip(found, _differences(found), strict=True):
+        given = {of_run[run["run_id"]] for run in setting.runs if run.get("experiment")}
+        names.append(", ".join(sorted(given)) or differs)
+    return names
+
+
+def _differences(found: list[Setting]) -> list[str]:
+    """Describe settings by what differs between them (and seeds do not), or by a run's id."""
+    configs = [setting.runs[0]["config"] for setting in found]
+    differ = [
+        key
+        for key in dict.fromkeys([*SETTINGS, *configs[0]])
+        if key != "seed" and len({str(config.get(key)) for config in configs}) > 1
+    ]
+    return [
+        " ".join(f"{key}={config.get(key)}" for key in differ) or setting.runs[0]["run_id"]
+        for setting, config in zip(found, configs, strict=True)
+    ]
+
+
 def _row(run: dict[str, Any], setting: Setting, best: Setting) -> dict[str, Any]:
-    row: dict[str, Any] = {"experiment": name_of(run)}
-    row |= {name: run["config"][name] for name in SETTINGS}
+    row: dict[str, Any] = {name: run["config"][name] for name in SETTINGS}
     for name in METRICS:
         estimate = run["test"][name]
         row |= {name: estimate["value"]}

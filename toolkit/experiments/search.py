@@ -32,14 +32,13 @@ FAILED = "failed"
 """Attribute of a trial whose run failed by itself: it counts, unlike one whose worker was killed."""
 
 
-class Search:
+class Search(local.Runner):
     """One worker of a search."""
 
     def __init__(self, sweep: Sweep, extra: list[str], sampler: str, seed: int | None) -> None:
+        super().__init__()
         self.sweep = sweep
         self.extra = extra
-        self.stopping = False
-        self.under_way: tuple[Run, Any] | None = None
         if problems := [*sweeps.overridden(sweep, extra), *_problems(sweep)]:
             raise ConfigError(problems)
         self.folder = sweeps.runs_folder(sweep, extra)
@@ -105,7 +104,8 @@ class Search:
         values = [value for _, value in self._values(run)]
         best = (max if self.sweep.maximize else min)(values, default=None)
         state = read_state(run.folder)
-        pruned = pruned and state.kind != "completed"  # the request may have come too late
+        # the request may have come too late: completed, diverged, out of disk
+        pruned = pruned and state.kind == "preempted"
         if pruned:
             RunFolder(run.folder).set_status("stopped", message="its metric was not promising")
             self.study.tell(trial, state=TrialState.PRUNED)
@@ -125,19 +125,16 @@ class Search:
             time.sleep(POLL_SECONDS)  # another worker drew the same values: its result is ours too
         if self.stopping:
             return False
-        process = local.start(run)
-        self.under_way = run, process
         reported, pruned = 0, False
-        while process.poll() is None:
-            time.sleep(POLL_SECONDS)
-            for step, value in self._values(run)[reported:]:
-                reported += 1
-                trial.report(value, step)
-                if not pruned and trial.should_prune():
-                    pruned = True
-                    local.ask_to_stop(run)
-        self.under_way = None
-        local.withdraw(run)
+        with self.under_way(run) as process:
+            while process.poll() is None:
+                time.sleep(POLL_SECONDS)
+                for step, value in self._values(run)[reported:]:
+                    reported += 1
+                    trial.report(value, step)
+                    if not pruned and trial.should_prune():
+                        pruned = True
+                        local.ask_to_stop(run)
         if not self.stopping and read_state(run.folder).kind == "running":
             return self._watch(trial, run)  # both had started it, and the other worker was first
         return pruned and not self.stopping
@@ -157,17 +154,6 @@ class Search:
             f"{self.sweep.path}: metric.name got {self.sweep.metric!r}, which {run.run_id} never "
             f"logged; allowed are {', '.join(sorted(known))}"
         )
-
-    def stop(self) -> None:
-        """Let the run that is under way save and end, and start no other."""
-        self.stopping = True
-        if self.under_way:
-            local.ask_to_stop(self.under_way[0])
-
-    def terminate(self) -> None:
-        """End what does not listen."""
-        if self.under_way:
-            self.under_way[1].terminate()
 
     def best(self) -> str:
         """Say what was found."""

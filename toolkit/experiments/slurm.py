@@ -86,16 +86,25 @@ def submit(request: Request, todo: list[Run], throttle: int | None) -> str:
 
 
 def _refuse_own_options(options: list[str]) -> None:
-    given = [word.partition("=")[0] for word in options]
-    hints = {name: f"; see {OWN_OPTIONS[name]}" if OWN_OPTIONS.get(name) else "" for name in given}
     by_hand = f"sbatch {TEMPLATE.relative_to(ROOT)} takes it by hand"
-    problems = [
-        f"{name} is not for `sweep submit`, which decides that itself{hints[name]}; {by_hand}"
-        for name in given
-        if name in OWN_OPTIONS
-    ]
+    problems = []
+    for word in options:
+        name = word.partition("=")[0]
+        for own, instead in OWN_OPTIONS.items():
+            if _stands_for(name, own):
+                hint = f"; see {instead}" if instead else ""
+                problems.append(
+                    f"{name} is not for `sweep submit`, which decides that itself{hint}; {by_hand}"
+                )
     if problems:
         raise ConfigError(problems)
+
+
+def _stands_for(name: str, option: str) -> bool:
+    """Tell whether sbatch takes a name for this option: `-a0-9` for -a, `--arr` for --array."""
+    if option.startswith("--"):
+        return option.startswith(name) and len(name) > len("--a")
+    return name.startswith(option)
 
 
 def freeze(request: Request, folder: Path) -> Path:
@@ -131,7 +140,7 @@ def _freeze_flags(command: Iterable[str], folder: Path) -> Iterator[str]:
 
 
 def _freeze_file(named: str, folder: Path) -> str:
-    file = Path(find(named))
+    file = Path(find(named)).expanduser()
     return str(_keep(file.name, file.read_text(encoding="utf-8"), folder / SUBMITTED / "configs"))
 
 

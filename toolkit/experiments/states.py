@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from toolkit.files import facts_in
+from toolkit.record.checkpoints import newest_step
 from toolkit.record.journal import RunFolder
 
 Kind = Literal["waiting", "running", "lost", "preempted", "completed", "stopped", "failed"]
@@ -115,6 +116,8 @@ def read_state(path: Path) -> State:
             kind = "failed"
     run = facts_in(path / "run.json")
     step, rate = _progress(path / "metrics.jsonl")
+    if kind != "running":  # what was saved last is seldom a step that is logged
+        step = max(step, newest_step(path / "checkpoints"))
     num_steps = run.get("num_steps")
     left = (num_steps - step) / rate if num_steps and rate else None
     return State(kind, status, run, step=step, seconds_left=left)

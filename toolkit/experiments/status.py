@@ -29,8 +29,20 @@ class Listed:
         return f"{number}{self.folder.name:<14}  {self.label:<{width}}".rstrip()
 
 
-def list_runs(command: str, doc: str | None, argv: list[str]) -> tuple[str, Path, list[Listed]]:
-    """Return the runs of a sweep file, or all that a folder holds: what was asked, where, which.
+@dataclass(frozen=True)
+class Listing:
+    """The runs that a command was asked about."""
+
+    words: str
+    """Sweep file and flags, or the folder: to be typed again."""
+    folder: Path
+    runs: list[Listed]
+    method: str | None = None
+    """How the sweep chooses its runs; None: a folder was given."""
+
+
+def list_runs(command: str, doc: str | None, argv: list[str]) -> Listing:
+    """Return the runs of a sweep file, or all that a folder holds.
 
     Those of a search are what lies in its folder: nobody knows the others.
     """
@@ -39,18 +51,15 @@ def list_runs(command: str, doc: str | None, argv: list[str]) -> tuple[str, Path
     if place.is_dir():
         if argv[1:]:
             raise ConfigError([f"{token} only goes with a sweep file" for token in argv[1:]])
-        return shlex.quote(str(place)), place.absolute(), _found_in(place)
+        return Listing(shlex.quote(str(place)), place.absolute(), _found_in(place))
     asked = read(made, argv)
-    words = shlex.join([str(place), *asked.extra])
-    if asked.sweep.method != "grid":
+    words, method = shlex.join([str(place), *asked.extra]), asked.sweep.method
+    if method != "grid":
         folder = runs_folder(asked.sweep, asked.extra).absolute()
-        return words, folder, _found_in(folder)
+        return Listing(words, folder, _found_in(folder), method)
     runs = asked.runs()
-    return (
-        words,
-        runs[0].folder.parent.absolute(),
-        [Listed(run.folder, run.label, run.index) for run in runs],
-    )
+    listed = [Listed(run.folder, run.label, run.index) for run in runs]
+    return Listing(words, runs[0].folder.parent.absolute(), listed, method)
 
 
 def _found_in(folder: Path) -> list[Listed]:
@@ -60,44 +69,49 @@ def _found_in(folder: Path) -> list[Listed]:
 
 def status(argv: list[str]) -> int:
     """Show how every run of a sweep, or of a folder, stands."""
-    words, folder, listed = list_runs("status", status.__doc__, argv)
-    place, queued = Path(shlex.split(words)[0]), _queued()
-    width = max((len(each.label) for each in listed), default=0)
+    listing = list_runs("status", status.__doc__, argv)
+    sweep, queued = Path(shlex.split(listing.words)[0]).stem, _queued()
+    width = max((len(each.label) for each in listing.runs), default=0)
     counts: Counter[str] = Counter()
-    for each in listed:
+    for each in listing.runs:
         state, task = read_state(each.folder), queued.get(each.folder.resolve())
         kind, text = str(state.kind), state.describe()
         if task and kind not in ("running", "completed"):
             kind, text = "queued", "  ".join(filter(None, [task.describe(), text]))
         elif kind == "waiting":
-            text = _why_not_begun(place.stem, each)
+            text = _why_not_begun(sweep, each)
         counts[kind] += 1
         say(f"{each.name(width):<{width + 22}}  {kind:<9}  {text}".rstrip())
     order = [kind for kind in ("queued", *ALL_KINDS) if counts[kind]]
     summary = ", ".join(f"{counts[kind]} {kind}" for kind in order)
-    say(f"{len(listed)} runs in {folder}" + (f": {summary}" if summary else ""))
-    for line in _what_next(words, counts, can_start=not place.is_dir()):
+    say(f"{len(listing.runs)} runs in {listing.folder}" + (f": {summary}" if summary else ""))
+    for line in _what_next(listing, counts):
         say(line)
     return 0
 
 
 def _why_not_begun(sweep: str, listed: Listed) -> str:
-    """Name what the last start printed, if there was one: it ended before there was a run folder."""
+    """Name what the last start printed, if there was one: there is no run folder yet."""
     logs = listed.folder.parent / "logs"
     found = [*logs.glob(f"{sweep}_*_{listed.index}.out"), *logs.glob(f"{listed.folder.name}.log")]
     newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
-    return f"its last start ended before the run began  (log {newest})" if newest else ""
+    if not newest:
+        return ""
+    return f"its last start has not begun its run, or ended before it did  (log {newest})"
 
 
-def _what_next(words: str, counts: Counter[str], *, can_start: bool) -> Iterator[str]:
+def _what_next(listing: Listing, counts: Counter[str]) -> Iterator[str]:
     """Say what to type, for the kinds that occur."""
-    command = "python -m toolkit sweep"
-    starts = f"{command} run {words}, or submit instead of run"
+    command, words = "python -m toolkit sweep", listing.words
+    is_grid = listing.method == "grid"
+    starts = f"{command} run {words}" + (
+        ", or submit instead of run" if is_grid else " --search optuna"
+    )
     open_kinds = [kind for kind in ("waiting", "preempted", "lost") if counts[kind]]
     over = [kind for kind in ("failed", "stopped") if counts[kind]]
-    if can_start and open_kinds:
+    if listing.method and open_kinds:
         yield f"to start what is {' or '.join(open_kinds)}: {starts}"
-    if can_start and over:
+    if is_grid and over:  # a search proposes other values instead
         yield f"to start what has {' or was '.join(over)}, too: the same with --retry_failed"
     if counts["completed"]:
         yield f"to compare what is completed: {command} results {words}"

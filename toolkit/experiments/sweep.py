@@ -189,7 +189,8 @@ def runs(sweep: Sweep, extra: list[str]) -> list[Run]:
         extra: flags that every run gets besides, such as `--dataset=amazon_polarity`.
 
     Raises:
-        ConfigError: naming every run that is no valid run, and every two that are the same.
+        ConfigError: naming every run that is no valid run, every two that are the same, and the
+            folders of runs that would not lie beside each other.
     """
     problems = overridden(sweep, extra)
     extra = [] if problems else extra
@@ -205,6 +206,14 @@ def runs(sweep: Sweep, extra: list[str]) -> list[Run]:
             problems.append(f"runs {same.index} and {index} are the same run, {run.run_id}")
     if problems:
         raise ConfigError(problems)
+    folders = sorted({str(run.folder.parent) for run in found.values()})
+    if len(folders) > 1:
+        hint = "give --output_dir, or set one value for it under parameters"
+        raise ConfigError(
+            [
+                f"{sweep.path}: output_dir got {', '.join(folders)}, allowed is one for all runs; {hint}"
+            ]
+        )
     return list(found.values())[: sweep.run_cap]
 
 

@@ -24,6 +24,7 @@ from toolkit.experiments.results import (
     best_by_head,
     name_of,
     rows,
+    setting_names,
 )
 from toolkit.files import write_json, write_text
 
@@ -84,22 +85,6 @@ def setting_cells(found: list[Setting]) -> list[list[str]]:
         verdict = f"{setting.verdict(found[0])}{p}"
         cells.append([name, str(len(each)), f"{setting.f1:.4f}", spread, verdict])
     return cells
-
-
-def setting_names(found: list[Setting]) -> list[str]:
-    """Name settings: as the user did, or by what differs between them (and seeds do not)."""
-    configs = [setting.runs[0]["config"] for setting in found]
-    differ = [
-        key
-        for key in dict.fromkeys([*SETTINGS, *configs[0]])
-        if key != "seed" and len({str(config.get(key)) for config in configs}) > 1
-    ]
-    names = []
-    for setting, config in zip(found, configs, strict=True):
-        given = {run["experiment"] for run in setting.runs if run.get("experiment")}
-        described = " ".join(f"{key}={config.get(key)}" for key in differ)
-        names.append(", ".join(sorted(given)) or described or setting.runs[0]["run_id"])
-    return names
 
 
 _TITLES = (

@@ -53,6 +53,11 @@ def steps_in(folder: Path) -> list[Path]:
     return sorted(found, key=_step, reverse=True)
 
 
+def newest_step(folder: Path) -> int:
+    """Return the step of the newest published checkpoint, 0 if there is none."""
+    return max(map(_step, steps_in(folder)), default=0)
+
+
 def _step(path: Path) -> int:
     found = NAME.fullmatch(path.name)
     assert found

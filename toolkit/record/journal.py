@@ -45,6 +45,8 @@ EMPTY_RUN = {"run.json", "config.yaml", "STOP", "status.json"}
 """All that a run has which ended before it had anything to keep. The last one, written first and deleted
 last, tells a run folder from one of the user's, who may keep a `config.yaml`."""
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
+GLANCE_SECONDS = 1.0
+"""Who asks whether a folder is in use has its lock for a moment, which is no reason to give up."""
 SILENCE_SECONDS = 60.0
 """A run whose ranks have said nothing for so long is dead; they speak once a second."""
 
@@ -353,7 +355,7 @@ class RunFolder:
 
 def _acquire(lock: FileLock, wait_seconds: float) -> None:
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=GLANCE_SECONDS)
     except Timeout:
         if not wait_seconds:
             raise
