@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ def checkpoint(folder: Path, step: int, origin: Origin, **facts: object) -> Path
     files = {child.name: describe_file(child) for child in path.iterdir()}
     content = {"schema": 1, "step": step, "world_size": 1, "files": files}
     content |= {"config": origin.config, "config_hash": origin.config_hash, "data": origin.data}
+    content |= {"encoder": origin.encoder}
     write_manifest(path, content | facts)
     return path
 
@@ -41,7 +43,7 @@ def checkpoint(folder: Path, step: int, origin: Origin, **facts: object) -> Path
 @pytest.fixture
 def origin() -> Origin:
     config = parse(["--lr=3e-5"])
-    return Origin(config.identity(), config.hash(), "data-1")
+    return Origin(config.identity(), config.hash(), "data-1", "weights-1")
 
 
 def test_a_whole_one_verifies(tmp_path: Path, origin: Origin) -> None:
@@ -126,7 +128,9 @@ def test_another_run_is_refused_by_name(tmp_path: Path, origin: Origin) -> None:
     checkpoint(tmp_path, 10, origin)
     config = parse(["--lr=1e-5", "--head=v3"])
     with pytest.raises(ConfigError) as caught:
-        choose("auto", tmp_path, Origin(config.identity(), config.hash(), "data-2"))
+        choose("auto", tmp_path, Origin(config.identity(), config.hash(), "data-2", "weights-1"))
+    with pytest.raises(ConfigError, match="encoder weights is 'weights-2' here, 'weights-1' there"):
+        choose("auto", tmp_path, replace(origin, encoder="weights-2"))
     said = str(caught.value)
     assert "head is 'v3' here, 'v2' there" in said
     assert "lr is 1e-05 here, 3e-05 there" in said

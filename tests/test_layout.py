@@ -207,6 +207,7 @@ def test_readme_names_real_things() -> None:
     }
     flags -= {"jobs", "throttle", "rate", "retry_failed", "search", "sampler", "trials"}  # of sweep
     flags -= {"array", "gpus", "time"}  # of sbatch
+    flags -= {"tflops", "memory_gb", "link_gb", "price"}  # of plan
     assert len(flags) >= 15
     assert flags <= set(FIELDS), flags - set(FIELDS)
     assert all(f"`{name}`" in text for name in DATASETS)

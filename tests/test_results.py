@@ -22,7 +22,12 @@ LABELS = np.tile([0, 1], 150)
 
 
 def make_run(
-    folder: Path, accuracy: float, labels: np.ndarray = LABELS, revision: str = "a", **settings: Any
+    folder: Path,
+    accuracy: float,
+    labels: np.ndarray = LABELS,
+    revision: str = "a",
+    weights: str = "w",
+    **settings: Any,
 ) -> RunConfig:
     """Leave what a completed run leaves; its judgements are those of a run of that accuracy."""
     config = RunConfig(**settings)
@@ -46,6 +51,7 @@ def make_run(
         "experiment": config.experiment,
         "config": config.identity(),
         "data_revision": revision,
+        "encoder_fingerprint": weights,
     }
     summary |= {"config_hash": config.hash(), "test": test, "train_seconds": 12.5}
     (path / "summary.json").write_text(json.dumps(summary | {"reviews_per_s": 100.0}))
@@ -70,6 +76,14 @@ def test_one_row_per_run_best_first(tmp_path: Path) -> None:
     assert {row["verdict"] for row in listed[3:]} == {"not the best"}
     assert all(float(row["f1_low"]) < float(row["f1"]) < float(row["f1_high"]) for row in listed)
     assert listed[0]["n"] == "300"
+
+
+def test_runs_from_other_weights_are_no_seeds_of_a_setting(tmp_path: Path) -> None:
+    """An encoder's folder keeps its name when somebody goes on with its pretraining."""
+    for seed, weights in enumerate(["before", "before", "after"]):
+        make_run(tmp_path, 0.9, seed=seed, weights=weights)
+    found = results.settings(results.summaries(tmp_path))
+    assert sorted(len(setting.runs) for setting in found) == [1, 2]
 
 
 def test_ties_are_said(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from tests.programs import TRAIN, launch, run_python
+from toolkit.assets import encoder_fingerprint
 from toolkit.config import RunConfig
 from toolkit.run import about_compiling
 from toolkit.train import main
@@ -156,6 +157,23 @@ def test_a_second_run_shows_the_first(
     assert main([*flags, "--overwrite"]) == 0
     kept = folder.with_name(f"{folder.name}.old-1")
     assert (kept / "metrics.jsonl").read_bytes() == before
+
+
+def test_other_weights_in_the_same_folder_are_another_encoder(
+    finished: tuple[list[str], Path], tiny_encoder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its result is no result of theirs."""
+    flags, folder = finished
+    weights = tiny_encoder / "model.safetensors"
+    assert read(folder / "summary.json")["encoder_fingerprint"] == encoder_fingerprint(tiny_encoder)
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    try:
+        assert main(flags) == 2
+    finally:
+        weights.write_bytes(before)
+    said = capsys.readouterr().err
+    assert "holds a completed run that is another (encoder weights is" in said
 
 
 def test_a_job_that_is_queued_again_before_it_began_does_what_it_was_told(

@@ -50,6 +50,7 @@ def run(
     tokens: TokenCache,
     encoder: Path,
     folder: RunFolder,
+    origin: Origin,
     point: Path | None,
     stop: Stop,
 ) -> int:
@@ -60,6 +61,7 @@ def run(
         tokens: the data.
         encoder: folder of the pretrained encoder.
         folder: where to record it, opened by the main process.
+        origin: what its checkpoints belong to.
         point: a verified checkpoint to go on from, or None; the main process's counts.
         stop: whether to stop.
     """
@@ -72,7 +74,7 @@ def run(
     except Exception as error:
         folder.record_crash("crashed", message=f"the processes could not start together: {error}")
         raise
-    this = Run(config, tokens, encoder, folder, runtime, point, stop, restart)
+    this = Run(config, tokens, encoder, folder, origin, runtime, point, stop, restart)
     try:
         this.watchdog.start()
         this.execute()
@@ -158,6 +160,7 @@ class Run:
         tokens: TokenCache,
         encoder: Path,
         folder: RunFolder,
+        origin: Origin,
         runtime: Runtime,
         point: Path | None,
         stop: Stop,
@@ -174,7 +177,7 @@ class Run:
         self.tracker = Tracker()
         self.best: dict[str, Any] | None = None
         self.progress = Progress()
-        origin = Origin(config.identity(), config.hash(), tokens.folder.name)
+        self.origin = origin
         self.saving = Saving(config, runtime, folder, origin, stop)
         self.watchdog = Watchdog(
             folder.ranks,
@@ -435,7 +438,8 @@ class Run:
             "experiment": config.experiment,
             "config_hash": config.hash(),
             "config": config.identity(),
-            "data_fingerprint": self.tokens.folder.name,
+            "data_fingerprint": self.origin.data,
+            "encoder_fingerprint": self.origin.encoder,
             "data_revision": self.tokens.meta["inputs"]["revision"],
             "test": test,
             "validation": self.best,

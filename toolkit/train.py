@@ -21,9 +21,9 @@ import time
 import traceback
 from contextlib import ExitStack
 
+from toolkit.assets import encoder_fingerprint
 from toolkit.config import RunConfig, parse, part
 from toolkit.console import complain, say
-from toolkit.data.cache import TokenCache
 from toolkit.data.report import describe
 from toolkit.data.steps import Stream
 from toolkit.errors import CheckpointError, ConfigError, Preempted, ToolkitError
@@ -73,6 +73,8 @@ def start(config: RunConfig, turn: Turn, stop: Stop) -> int:
         with stop.raising(), turn.in_order():
             tokens, encoder = prepare_data(config)
         refuse_no_steps(config, tokens)
+        weights = encoder_fingerprint(encoder)
+        origin = Origin(config.identity(), config.hash(), tokens.folder.name, weights)
     except Exception as error:
         # a library may have made something else of `Preempted`
         failure = Preempted() if stop.requested else error
@@ -83,7 +85,7 @@ def start(config: RunConfig, turn: Turn, stop: Stop) -> int:
                 give_back(wandb_arguments(*config.wandb_place))
         raise failure from error
     if folder.status == "completed" and not (config.overwrite and not has_begun(folder)):
-        return show_result(config, tokens, folder, turn)
+        return show_result(config, origin, folder, turn)
     if turn.is_main:
         say(describe(tokens))
         say(describe_plan(config, len(tokens.splits["train"])))
@@ -96,19 +98,19 @@ def start(config: RunConfig, turn: Turn, stop: Stop) -> int:
         if turn.is_main:
             stack.enter_context(folder.claim(CLAIM_SECONDS))
             stop.file = folder.stop_file
-            point = open_folder(config, tokens, folder)
+            point = open_folder(config, origin, folder)
         with uncollected():
             from toolkit.run import run  # imports torch
 
-        return run(config, tokens, encoder, folder, point, stop)
+        return run(config, tokens, encoder, folder, origin, point, stop)
 
 
-def open_folder(config: RunConfig, tokens: TokenCache, folder: RunFolder) -> Path | None:
+def open_folder(config: RunConfig, origin: Origin, folder: RunFolder) -> Path | None:
     """Make the claimed run folder ready; return the checkpoint to go on from, or None.
 
     Raises:
         CheckpointError: when there are checkpoints and none can be used.
-        ConfigError: when they are of another configuration, or of other data.
+        ConfigError: when they are of another configuration, data or encoder.
     """
     resume = config.resume
     if config.overwrite and folder.status == "completed":
@@ -126,7 +128,6 @@ def open_folder(config: RunConfig, tokens: TokenCache, folder: RunFolder) -> Pat
     if folder.has_gone_on_from(resume):
         say(f"{folder.path} has gone on from {resume} before, and has newer checkpoints of its own")
         resume = "auto"
-    origin = Origin(config.identity(), config.hash(), tokens.folder.name)
     try:
         point = choose(resume, folder.checkpoints, origin)
     except CheckpointError as error:
@@ -151,21 +152,19 @@ def describe_plan(config: RunConfig, num_rows: int) -> str:
     )
 
 
-def show_result(config: RunConfig, tokens: TokenCache, folder: RunFolder, turn: Turn) -> int:
-    """Show the result of a completed run, if it is a run of these settings on this data.
+def show_result(config: RunConfig, origin: Origin, folder: RunFolder, turn: Turn) -> int:
+    """Show the result of a completed run, if it is a run of these settings, on this data and encoder.
 
     Raises:
         ConfigError: naming the settings that differ.
     """
     summary = folder.summary()
-    differ = differences(
-        config.identity() | {"data": tokens.folder.name},
-        summary["config"] | {"data": summary["data_fingerprint"]},
-    )
-    if differ:
+    made = (summary.get(f"{name}_fingerprint", "") for name in ("data", "encoder"))
+    there = Origin(summary["config"], summary["config_hash"], *made)
+    if differ := differences(origin, there):
         raise ConfigError(
             [
-                f"{folder.path} holds a completed run with other settings ({'; '.join(differ)}); "
+                f"{folder.path} holds a completed run that is another ({'; '.join(differ)}); "
                 "choose another --run_id, or --overwrite to move it aside"
             ]
         )

@@ -3,7 +3,8 @@
     python -m tests.bench.plan [BATCH_SIZE ...]       nine minutes each; alone, for it takes times
 
 Each run is done before the plan is made and again after it, and the plan is held against both: where the
-two ratios differ, the machine does.
+two ratios differ, the machine does; or a compiler, which needs more memory than the run that has it
+compile DeepSpeed's communication, when that first starts on a machine.
 """
 
 import json

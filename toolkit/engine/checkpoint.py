@@ -112,6 +112,7 @@ class Checkpoints:
             "config": self.origin.config,
             "config_hash": self.origin.config_hash,
             "data": self.origin.data,
+            "encoder": self.origin.encoder,
             "files": files,
         }
 

@@ -74,6 +74,7 @@ def settings(runs: list[dict[str, Any]]) -> list[Setting]:
     groups: dict[tuple[str, str], list[Predicted]] = defaultdict(list)
     for run in runs:
         key = {name: value for name, value in run["config"].items() if name != "seed"}
+        key["encoder weights"] = run.get("encoder_fingerprint")  # a folder's may have changed since
         try:
             predicted = _predictions(run)
         except (DataError, OSError, pyarrow.ArrowException) as error:

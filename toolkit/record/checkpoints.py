@@ -36,6 +36,12 @@ class Origin:
     config_hash: str
     data: str
     """Fingerprint of the token cache."""
+    encoder: str
+    """Hash of the pretrained weights."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return all that tells two runs apart, by name."""
+        return self.config | {"data": self.data, "encoder weights": self.encoder}
 
 
 class DamagedError(Exception):
@@ -184,16 +190,15 @@ def _at(place: Path) -> list[Path]:
 
 
 def _refuse_other_origin(path: Path, manifest: dict[str, Any], origin: Origin) -> None:
-    differ = differences(
-        origin.config | {"data": origin.data}, manifest["config"] | {"data": manifest["data"]}
-    )
-    if differ:
+    made = (manifest.get(name, "") for name in ("config_hash", "data", "encoder"))
+    if differ := differences(origin, Origin(manifest["config"], *made)):
         hint = "choose another --run_id, or --resume none to move it aside and start anew"
         raise ConfigError([f"{path} is of another run ({'; '.join(differ)}); {hint}"])
 
 
-def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """Name the settings that differ."""
+def differences(here: Origin, there: Origin) -> list[str]:
+    """Name what differs: settings, data, weights."""
+    ours, theirs = here.facts(), there.facts()
     return [
         f"{name} is {ours.get(name)!r} here, {theirs.get(name)!r} there"
         for name in ours | theirs
