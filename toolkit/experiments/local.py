@@ -109,11 +109,9 @@ class LocalRunner(Runner):
     def _report(self, run: Run, code: int, seconds: float) -> None:
         state = read_state(run.folder)
         text = f"[{run.index}] {run.run_id}  {state.kind} after {seconds:.0f} s  {state.describe()}"
-        log = str(log_file(run))
-        if (
-            state.kind != "completed"
-        ):  # a launcher that died at once has left an earlier start's state
-            text += f"  (exit code {code}" + (")" if log in text else f", log {log})")
+        log = str(log_file(run))  # a launcher that died at once has left an earlier start's state
+        if state.kind != "completed":
+            text += f"  (exit code {code})" if log in text else f"  (exit code {code}, log {log})"
         say(text)
 
 
