@@ -237,7 +237,7 @@ def test_quarantine_is_offered_where_it_helps(tmp_path: Path) -> None:
 
 def test_label_names_that_are_one_label(tmp_path: Path) -> None:
     path = write(tmp_path / "x.csv", "text,label\na,1\nb,0\n")
-    assert "these two are the same" in complaints(path, label_names="1,1.0")
+    assert "is one label twice" in complaints(path, label_names="1,1.0")
 
 
 def test_an_encoding_of_parquet_is_refused(tmp_path: Path) -> None:

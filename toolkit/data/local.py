@@ -54,17 +54,7 @@ def open_local(spec: SourceSpec, path: Path) -> Source:
         if file.suffix.lower() not in READERS
     ]
     problems = problems or [p for _, file in all_files for p in _column_problems(file, spec)]
-    is_parquet = all(file.suffix.lower() == ".parquet" for _, file in all_files)
-    if is_parquet and spec.encoding != SourceSpec.encoding:
-        problems.append("encoding has no effect on Parquet files: leave it out")
-    negative, positive = (
-        name.strip() for name in (spec.label_names or "negative,positive").split(",")
-    )
-    values = (canonical(negative), canonical(positive))
-    if values[0] == values[1]:
-        problems.append(
-            f"label_names {spec.label_names!r}: as labels of rows these two are the same"
-        )
+    problems += _setting_problems(spec, [file for _, file in all_files])
     if problems:
         raise DataError(problems)
     splits = {
@@ -73,11 +63,29 @@ def open_local(spec: SourceSpec, path: Path) -> Source:
     }
     changed = watch(file for _, file in all_files)  # before they are read
     revision = hash_files(all_files)
-    known = values if spec.label_names else None
+    names, values = _labels(spec)
     notes = [
         f"{file.name}: quotes are text" for _, file in all_files if quotes_are_text(file, spec)
     ]
-    return Source(splits, revision, (negative, positive), known, changed, notes)
+    return Source(splits, revision, names, values if spec.label_names else None, changed, notes)
+
+
+def _labels(spec: SourceSpec) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Return what the two classes are called, and their labels in canonical form."""
+    negative, positive = map(str.strip, (spec.label_names or "negative,positive").split(","))
+    return (negative, positive), (canonical(negative), canonical(positive))
+
+
+def _setting_problems(spec: SourceSpec, files: list[Path]) -> list[str]:
+    """Complain about settings that these files leave without effect, or that mean one label twice."""
+    problems = []
+    is_parquet = all(file.suffix.lower() == ".parquet" for file in files)
+    if is_parquet and spec.encoding != SourceSpec.encoding:
+        problems.append("encoding has no effect on Parquet files: leave it out")
+    _, (negative, positive) = _labels(spec)
+    if negative == positive:
+        problems.append(f"label_names got {spec.label_names!r}, which is one label twice")
+    return problems
 
 
 def hash_files(files: list[tuple[str, Path]]) -> str:

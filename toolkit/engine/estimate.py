@@ -28,6 +28,17 @@ LINE_ROWS = 16
 """A line is drawn through micro-batches of at least so many rows and of a quarter: two sizes of packs."""
 
 Kind = Literal["replicas", "zero1", "zero2", "zero2_offload", "zero3"]
+KEPT: dict[Kind, tuple[int, int]] = {
+    "replicas": (4, 0),
+    "zero1": (3, 3),
+    "zero2": (2, 4),
+    "zero2_offload": (2, 1),
+    "zero3": (2, 5),
+}
+"""Numbers that a rank keeps for each parameter, of all and of its share; see `state_bytes`."""
+KEPT_ON_CPU = KEPT | {"zero1": (2, 3), "zero2_offload": (3, 4), "zero3": (3, 5)}
+"""As measured (tests/bench/NOTES.md): stage 1 never touches its bucket, others leave copies behind; what
+is offloaded stays where it is."""
 
 
 @dataclass(frozen=True)
@@ -147,12 +158,7 @@ def state_bytes(kind: Kind, parameters: int, ranks: int, *, on_cpu: bool) -> flo
     used): stage 1 cuts those and the moments, stage 2 the gradients too, stage 3 everything. All gather
     gradients in a bucket of the model's size; stage 3 keeps models of this size gathered once it has.
     """
-    whole = {"replicas": 4, "zero1": 3, "zero2": 2, "zero2_offload": 2, "zero3": 2}[kind]
-    cut = {"replicas": 0, "zero1": 3, "zero2": 4, "zero2_offload": 1, "zero3": 5}[kind]
-    # as measured (tests/bench/NOTES.md): stage 1 never touches its bucket, others leave copies behind
-    if on_cpu:
-        whole += {"zero1": -1, "zero2_offload": 1, "zero3": 1}.get(kind, 0)
-        cut = 4 if kind == "zero2_offload" else cut  # it offloads to where it is
+    whole, cut = (KEPT_ON_CPU if on_cpu else KEPT)[kind]
     return FLOAT * parameters * (whole + cut / ranks)
 
 

@@ -41,11 +41,10 @@ class Steps(NamedTuple):
 
 def run_steps(trainer: Trainer, batch_size: int, compiled: bool) -> Steps:
     """Time steps of so many rows."""
-    smaller = _few_steps(trainer, batch_size, MOST_STEPS if compiled else WARM_STEPS + TIMED_STEPS)
-    counts = [step >= WARM_STEPS for step in range(smaller.stream.num_steps)]
+    counts = [step >= WARM_STEPS for step in range(WARM_STEPS + TIMED_STEPS)]
     if compiled:
-        counts = first_settled(smaller)
-        smaller = _few_steps(trainer, batch_size, len(counts))  # and none is begun behind the last
+        counts = first_settled(_few_steps(trainer, batch_size, MOST_STEPS))
+    smaller = _few_steps(trainer, batch_size, len(counts))  # none is begun behind the last
     forget_peak(trainer.runtime.device)
     trainer.model.train()
     progress, report = Progress(), None
