@@ -1,5 +1,6 @@
 """Configuration: precedence, agent argument forms, all problems at once, and speed."""
 
+import os
 from pathlib import Path
 
 import pytest
