@@ -153,11 +153,13 @@ def test_yaml_files_may_be_empty_and_hold_numbers_for_text(tmp_path: Path) -> No
     assert (config.run_id, config.label_names) == ("123", "3,5")
     assert (config.wandb.project, config.wandb.entity) == ("p", "e")
     file.write_text(
-        "run_id: 0012\nlabel_names: [no, yes]\nencoder_revision: 0123456\nexperiment:\n"
+        "run_id: 0012\nlabel_names: [no, yes]\nencoder_revision: 0123456\nexperiment: no\n"
+        "dataset_path:\n"
     )
     config = parse(["--config", str(file)])
     assert (config.run_id, config.label_names) == ("0012", "no,yes")
-    assert (config.encoder_revision, config.experiment) == ("0123456", None)
+    assert (config.encoder_revision, config.experiment) == ("0123456", "no")
+    assert config.dataset_path is None
 
 
 def test_head_names_are_those_of_the_registry() -> None:

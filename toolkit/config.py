@@ -341,8 +341,9 @@ def _file_items(path: str) -> list[Item]:
         raise ValueError(f"must hold `name: value` lines, got {content!r}")
     # text as it is written: to YAML `no` is False, and 0123456, a commit's first digits, is 42798
     written = yaml.load(text, yaml.BaseLoader) or {}
+    texts = {key: as_written for key, as_written in written.items() if _takes_text(key)}
     return [
-        Item(path, str(key), written.get(key, value) if _takes_text(key) and value else value)
+        Item(path, str(key), value if value is None else texts.get(key, value))
         for key, value in (content or {}).items()
     ]
 

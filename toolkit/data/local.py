@@ -65,7 +65,7 @@ def open_local(spec: SourceSpec, path: Path) -> Source:
     revision = hash_files(all_files)
     names, values = _labels(spec)
     notes = [
-        f"{file.name}: quotes are text" for _, file in all_files if quotes_are_text(file, spec)
+        f"{file.name}: quotes are text" for _, file in all_files if _quotes_are_text(file, spec)
     ]
     return Source(splits, revision, names, values if spec.label_names else None, changed, notes)
 
@@ -252,7 +252,7 @@ def _csv_rows(lines: TextIO, path: Path, spec: SourceSpec) -> tuple[list[str], "
     """Return a file's columns, and what reads the rows behind them."""
     csv.field_size_limit(sys.maxsize)  # a review may be longer than the default of 128 KiB
     delimiter = _delimiter(path, spec)
-    quoting: Literal[0, 3] = csv.QUOTE_NONE if quotes_are_text(path, spec) else csv.QUOTE_MINIMAL
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if _quotes_are_text(path, spec) else csv.QUOTE_MINIMAL
     # strict: a stray quote is an error instead of swallowing the rows up to the next quote
     rows = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
     return _header(rows), rows
@@ -262,7 +262,7 @@ def _header(rows: "CsvReader") -> list[str]:
     return [name.strip() for name in next(rows, [])]
 
 
-def quotes_are_text(path: Path, spec: SourceSpec) -> bool:
+def _quotes_are_text(path: Path, spec: SourceSpec) -> bool:
     """Tell whether no quote of a file encloses a cell, as in the TSV files of Amazon and of GLUE.
 
     That is so if all lines have the header's tabs, and are not all rows if quotes enclose cells.

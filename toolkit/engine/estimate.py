@@ -197,9 +197,8 @@ def _two_sizes(one: Trainer, rows: int, compiled: bool) -> tuple[Steps, Steps]:
         few, many = (run_steps(one, count, compiled) for count in (rows // 4, rows))
         if many.split == 1 or rows < 8:
             return few, many
-        rows //= (
-            2  # steps that were cut smaller say neither what a whole one takes nor what it needs
-        )
+        # steps that were cut smaller say neither what a whole one takes nor what it needs
+        rows //= 2
 
 
 def _for_a_line(stream: Stream) -> Stream:
