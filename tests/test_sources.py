@@ -286,6 +286,14 @@ def folder_with(folder: Path, *names: str) -> Path:
         (["Train.CSV", "dev.csv", "test_final.csv"], ["test", "train", "validation"]),
         (["train/a.csv", "train/b.csv", "test/training_style.csv"], ["test", "train"]),
         (["data/train-00000-of-00001.csv", ".hidden/train.csv"], ["train"]),
+        (
+            [
+                "train-0-00000-of-00002.csv",
+                "train-0-00000-of-00002.d/a.csv",
+                "train-0-00001-of-00002.csv",
+            ],
+            ["train"],
+        ),
     ],
 )
 def test_folders_are_sorted_into_splits(

@@ -23,7 +23,7 @@ from toolkit.console import complain, say
 from toolkit.data.cache import TokenCache
 from toolkit.errors import ConfigError, ToolkitError
 from toolkit.experiments.arguments import split_flags
-from toolkit.experiments.plan import SCORING, costs, evaluations
+from toolkit.experiments.plan import DECIDE_RATE, SCORING, costs, evaluations
 from toolkit.experiments.states import duration
 from toolkit.experiments.sweep import load, overridden_flags, runs
 from toolkit.imports import uncollected
@@ -52,7 +52,6 @@ COUNTED_NOTE = (
 LINK_NOTE = (
     " Links between ranks are counted as if they took no time: --link_gb says what they carry."
 )
-DECIDE_RATE = ("encoder", "max_length", "precision", "batch_size")
 POSITIVE = ("num_processes", "memory_gb", "tflops", "bandwidth_gb", "link_gb", "price")
 
 
@@ -371,7 +370,7 @@ def _report_sweep(
         len(found) > len(known)
     )
     say(f"\n{options.sweep}: {len(found)} runs, {hours:.2f} hours of one device{price}{unknown}")
-    for name in DECIDE_RATE:
+    for name in (*DECIDE_RATE, "batch_size"):
         others = sorted(
             {str(getattr(run.config, name)) for run in planned} - {str(getattr(config, name))}
         )

@@ -153,9 +153,8 @@ def _doubts(folder: Path, name: str, paths: list[Path]) -> list[str]:
             f"{folder}: is {name} {whole[0].name}, or that and {others}? Take out what does not belong "
             f"to it; call parts {name}-1{whole[0].suffix}, {name}-2{whole[0].suffix} ..."
         )
-    by_folder = itertools.groupby(paths, key=lambda path: path.parent)
-    for place, files in by_folder:
-        missing = missing_parts(path.name for path in files)
+    for place in sorted({path.parent for path in paths}):
+        missing = missing_parts(path.name for path in paths if path.parent == place)
         problems += [f"{place / missing[0]} is missing"] if missing else []
     return problems
 

@@ -156,7 +156,8 @@ def state_bytes(kind: Kind, parameters: int, ranks: int, *, on_cpu: bool) -> flo
     AdamW's two moments, a weight and a gradient for each parameter, all fp32. DeepSpeed keeps the
     weights that it updates apart from those that it computes with (0.19.8, `bf16_optimizer` is not
     used): stage 1 cuts those and the moments, stage 2 the gradients too, stage 3 everything. All gather
-    gradients in a bucket of the model's size; stage 3 keeps models of this size gathered once it has.
+    gradients in a bucket of the model's size; stage 3 keeps models of this size gathered
+    from the forward to the backward pass.
     """
     whole, cut = (KEPT_ON_CPU if on_cpu else KEPT)[kind]
     return FLOAT * parameters * (whole + cut / ranks)

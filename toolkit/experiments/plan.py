@@ -12,6 +12,8 @@ from toolkit.experiments.results import summaries
 from toolkit.experiments.sweep import Run
 
 AMAZON_ROWS, AMAZON_TEST_ROWS = 3_600_000, 400_000
+DECIDE_RATE = ("encoder", "max_length", "precision")
+"""Settings that a rate belongs to; batch size and head change it less."""
 SCORING = 1 / 3
 """Of what a row takes in training, which has a backward pass of twice the operations, too."""
 
@@ -64,10 +66,9 @@ def evaluations(stream: Stream, every: int | None) -> int:
 
 def _seen_rate(config: RunConfig, seen: list[dict[str, Any]]) -> tuple[float | None, str]:
     """Return the rate of the most similar completed run: at least its encoder and length agree."""
-    alike = ("encoder", "max_length", "precision", "dataset", "batch_size", "head")
-    needed = alike[:3]
+    alike = (*DECIDE_RATE, "dataset", "batch_size", "head")
     ours = config.identity()
-    found = [s for s in seen if all(s["config"][name] == ours[name] for name in needed)]
+    found = [s for s in seen if all(s["config"][name] == ours[name] for name in DECIDE_RATE)]
     if not found:
         return None, "unknown"
     best = max(found, key=lambda s: sum(s["config"][name] == ours[name] for name in alike))
