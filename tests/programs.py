@@ -56,10 +56,13 @@ def run_for_peak(*arguments: str | Path) -> tuple[int, str]:
 
 
 def launcher(processes: int, config: str | None = None) -> list[str]:
-    """Return the command line of the real `accelerate launch`, up to the script."""
+    """Return the command line of the real `accelerate-launch`, up to the script.
+
+    It is `accelerate launch` without the imports of all other commands, 0.8 s (accelerate 1.15).
+    """
     name = config or ("cpu" if processes == 1 else "cpu2")
     file = ROOT / "launch" / f"{name}.yaml"
-    command = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(file)]
+    command = ["-m", "accelerate.commands.launch", "--config_file", str(file)]
     return [*command, "--num_processes", str(processes), "--num_cpu_threads_per_process", "1"]
 
 

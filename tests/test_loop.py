@@ -19,6 +19,7 @@ from toolkit.engine import runtime, step, timing
 from toolkit.engine.lookups import Lookups, embeddings
 from toolkit.engine.loop import Hooks, train
 from toolkit.engine.optim import build_optimizer, set_rates
+from toolkit.engine.replicas import unwrap
 from toolkit.engine.runtime import Runtime
 from toolkit.engine.step import Sums, Wants, _fetch_sums, add_gradients, train_step
 from toolkit.engine.totals import Progress
@@ -68,7 +69,7 @@ def test_the_host_does_not_wait_within_a_step(
 def test_an_update_is_torchs(max_norm: float, split, tiny_encoder: Path) -> None:
     """Clipped within the update, as by `clip_grad_norm_` before it."""
     trainer = make_trainer(split, tiny_encoder, max_grad_norm=max_norm)
-    model = trainer.runtime.unwrap(trainer.model)
+    model = unwrap(trainer.model)
     set_rates(trainer.optimizer, 1.0)  # warming up left them at 0
     add_gradients(trainer, micro_batches(trainer, 0), 16)
     theirs = copy.deepcopy(model)
@@ -94,7 +95,7 @@ def test_embedding_gradients_that_stay_are_those_of_one_step(
         if not sparse:
             monkeypatch.setattr(runtime, "embeddings", lambda model: {})
         trainer = make_trainer(split, tiny_encoder, grad_accum=grad_accum)
-        layers = embeddings(trainer.runtime.unwrap(trainer.model)).values()
+        layers = embeddings(unwrap(trainer.model)).values()
         assert [layer.sparse for layer in layers] == [sparse] * 3
         train_step(trainer, Progress(), Wants())
         add_gradients(trainer, micro_batches(trainer, 1), 16)

@@ -19,6 +19,13 @@ from toolkit.record.export import save_predictions
 from toolkit.record.metrics import Confusion, as_record
 
 LABELS = np.tile([0, 1], 150)
+COLUMNS = [
+    *("experiment", "head", "batch_size", "lr", "epochs", "seed"),
+    *("accuracy", "accuracy_low", "accuracy_high", "precision", "precision_low", "precision_high"),
+    *("recall", "recall_low", "recall_high", "f1", "f1_low", "f1_high"),
+    *("n", "seconds", "reviews_per_s", "run_id", "setting_f1", "p_against_best", "verdict"),
+]
+"""What others' programs read."""
 
 
 def make_run(
@@ -68,7 +75,7 @@ def test_one_row_per_run_best_first(tmp_path: Path) -> None:
     assert [len(setting.runs) for setting in found] == [3, 3], "seeds of one setting are pooled"
     listed = list(csv.DictReader(io.StringIO(tables.to_csv(results.rows(found)))))
     assert len(listed) == 6
-    assert list(listed[0]) == results.COLUMNS
+    assert list(listed[0]) == COLUMNS
     scores = [float(row["f1"]) for row in listed]
     assert scores == sorted(scores, reverse=True)
     assert {row["experiment"] for row in listed[:3]} == {"good 0", "good 1", "good 2"}
@@ -91,7 +98,7 @@ def test_ties_are_said(tmp_path: Path) -> None:
     make_run(tmp_path, 0.88, head="v2", experiment="two")
     make_run(tmp_path, 0.60, head="v3", experiment="three")
     found = results.settings(results.summaries(tmp_path))
-    text = tables.to_markdown(found)
+    text = tables.report(found)
     assert "cannot be told from 1 of the 2 other settings" in text
     assert text.count("not the best") == 1
     assert text.count("\n| ") == 3
@@ -103,7 +110,7 @@ def test_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixtu
     found = results.settings(results.summaries(tmp_path))
     tables.show(found)
     assert "[bold]a|b[/nothing]" in capsys.readouterr().out
-    assert r"| [bold]a\|b[/nothing] |" in tables.to_markdown(found)
+    assert r"| [bold]a\|b[/nothing] |" in tables.report(found)
 
 
 def test_runs_on_other_rows_are_not_compared(tmp_path: Path) -> None:
@@ -114,7 +121,7 @@ def test_runs_on_other_rows_are_not_compared(tmp_path: Path) -> None:
     found = results.settings(results.summaries(tmp_path))
     verdicts = [row["verdict"] for row in results.rows(found)]
     assert verdicts == ["best", "not the best", "other test data"]
-    text = tables.to_markdown(found)
+    text = tables.report(found)
     assert "1 settings were judged on other test data" in text
     best = results.best_by_head(found)
     assert best["v2"]["experiment"] != "elsewhere"
@@ -127,7 +134,7 @@ def test_a_file_that_was_mended_between_two_runs(tmp_path: Path) -> None:
     found = results.settings(results.summaries(tmp_path))
     assert [len(setting.runs) for setting in found] == [2, 1]
     assert [row["verdict"] for row in results.rows(found)][-1] == "other test data"
-    assert "or files that have changed" in tables.to_markdown(found)
+    assert "or files that have changed" in tables.report(found)
 
 
 def test_a_run_that_was_trained_again_is_no_seed(
@@ -154,14 +161,14 @@ def test_what_the_chance_is_of(seeds: int, said: str, tmp_path: Path) -> None:
     for seed in range(seeds):
         make_run(tmp_path, 0.9, head="v1", seed=seed)
         make_run(tmp_path, 0.7, head="v2", seed=seed)
-    assert said in tables.to_markdown(results.settings(results.summaries(tmp_path)))
+    assert said in tables.report(results.settings(results.summaries(tmp_path)))
 
 
 def test_one_run_is_better_than_none(tmp_path: Path) -> None:
     make_run(tmp_path, 0.9, head="v1")
     make_run(tmp_path, 0.6, head="v2", labels=1 - LABELS)
     found = results.settings(results.summaries(tmp_path))
-    assert "below it" not in tables.to_markdown(found), "nothing was compared"
+    assert "below it" not in tables.report(found), "nothing was compared"
 
 
 def test_seeds_on_other_rows_are_not_pooled(tmp_path: Path) -> None:
@@ -248,7 +255,7 @@ def test_seeds_are_pooled_in_a_table_of_settings(
     [line] = [line for line in said.splitlines() if line.startswith("head=v1")]
     assert line.split()[1] == "3"
     assert " to " in line
-    text = tables.to_markdown(found)
+    text = tables.report(found)
     assert "| setting | seeds |" in text
     assert text.count("best setting |") == 4, "each of its runs, and the setting itself"
 

@@ -43,8 +43,8 @@ def ask(
     Raises:
         RanksError: when there is no answer.
     """
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    command += ["--config_file", str(launch)]
+    # `accelerate-launch`: `accelerate launch` imports all other commands first, 0.8 s (1.15)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launch)]
     command += ["--num_processes", str(num_processes)] if num_processes else []
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([*command, str(program), *flags], start_new_session=True, **pipes)

@@ -21,6 +21,7 @@ from toolkit.engine.evaluate import Evaluation, evaluate
 from toolkit.engine.loop import Hooks, train
 from toolkit.engine.memory import peak_bytes
 from toolkit.engine.optim import OptimSpec, build_optimizer
+from toolkit.engine.replicas import unwrap
 from toolkit.engine.runtime import Runtime
 from toolkit.engine.step import Wants
 from toolkit.engine.totals import Progress, Totals
@@ -401,7 +402,7 @@ class Run:
             "step": record["step"],
             "folder": (self.folder.path / "best").absolute(),
         }
-        model = self.runtime.unwrap(self.model)
+        model = unwrap(self.model)
         save_model(model, weights, self.encoder, folder, card, record)
 
     def on_save(self, progress: Progress) -> None:

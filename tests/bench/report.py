@@ -2,12 +2,13 @@
 
 import statistics
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 from rich.console import Console
 
 from toolkit.console import say
-from toolkit.experiments.tables import to_table
+from toolkit.experiments.tables import Column, to_table
 
 RATIOS = {
     "tokens_per_s": "training",
@@ -103,9 +104,10 @@ def _ratio(mine: str, key: str) -> str:
 
 
 def _print(titles: dict[str, str], rows: dict[str, list[dict[str, float]]]) -> None:
+    columns = [Column("", itemgetter(0), left=True)]
+    columns += [Column(title, itemgetter(place)) for place, title in enumerate(titles.values(), 1)]
     cells = [[name, *map(_text, spreads)] for name, spreads in rows.items()]
-    table = to_table(("", *titles.values()), ("",), cells)
-    Console(width=max(Console().width, 250)).print(table)
+    Console(width=max(Console().width, 250)).print(to_table(columns, cells))
 
 
 def _text(found: dict[str, float]) -> str:

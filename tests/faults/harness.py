@@ -81,7 +81,7 @@ class Subject:
         found = {}
         for process in psutil.process_iter(["cmdline", "ppid", "status"]):
             line = process.info["cmdline"] or []
-            if f"--output_dir={self.runs}" in line and "launch" not in line:
+            if f"--output_dir={self.runs}" in line and "accelerate.commands.launch" not in line:
                 found[process.pid] = process
         # a trainer that starts another program is two of the same for a moment
         first = [process for process in found.values() if process.info["ppid"] not in found]

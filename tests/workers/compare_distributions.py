@@ -17,6 +17,7 @@ from toolkit.config import RunConfig, parse
 from toolkit.engine import runtime as distribution
 from toolkit.engine.lookups import embeddings
 from toolkit.engine.loop import train
+from toolkit.engine.replicas import unwrap
 from toolkit.engine.runtime import Runtime
 from toolkit.engine.totals import Progress
 from toolkit.engine.trainer import Trainer
@@ -62,7 +63,7 @@ def exchange_in_small_pieces(runtime: Runtime, pieces: bool) -> None:
 
 def break_off(runtime: Runtime, trainer: Trainer) -> list[int]:
     """Let a backward pass break off in each step, on another rank, at another parameter."""
-    parameters = list(runtime.unwrap(trainer.model).parameters())
+    parameters = list(unwrap(trainer.model).parameters())
     broken: list[int] = []
     for step in range(runtime.rank, STEPS, runtime.world_size):
         number = (len(parameters) - 1) * step // (STEPS - 1)  # the last of them is the first to go

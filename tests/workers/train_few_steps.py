@@ -20,6 +20,7 @@ from toolkit.data.steps import Stream
 from toolkit.engine.evaluate import evaluate
 from toolkit.engine.loop import Hooks, train
 from toolkit.engine.optim import OptimSpec, build_optimizer
+from toolkit.engine.replicas import unwrap
 from toolkit.engine.runtime import Runtime
 from toolkit.engine.step import Wants, train_step
 from toolkit.engine.totals import Progress
@@ -74,7 +75,7 @@ def first_gradient(trainer: Trainer) -> dict[str, np.ndarray]:
     caught: dict[str, np.ndarray] = {}
 
     def catch(*_: object) -> None:
-        model, scale = trainer.runtime.unwrap(trainer.model), optimizer.grad_scale
+        model, scale = unwrap(trainer.model), optimizer.grad_scale
         caught.update({name: (p.grad / scale).numpy() for name, p in model.named_parameters()})
 
     optimizer: Any = trainer.runtime.strategy.optimizer
@@ -114,7 +115,7 @@ def run_case(config: RunConfig, runtime: Runtime, ahead: bool) -> dict[str, np.n
         train(trainer, hooks(log), Progress())
     assert not runtime.phases.faults
     result |= {"rates": np.array(rates), "losses": np.array(losses)}
-    model = runtime.unwrap(trainer.model)
+    model = unwrap(trainer.model)
     return result | {f"weight/{n}": p.detach().numpy() for n, p in model.named_parameters()}
 
 
@@ -137,7 +138,7 @@ def score(config: RunConfig, runtime: Runtime) -> dict[int, list[list[float]]]:
             split.row_ids[rows],
         )
         part_ = type(split)(split.tokens, offsets, labels, row_ids)
-        model = runtime.unwrap(trainer.model)
+        model = unwrap(trainer.model)
         passes = (
             evaluate(runtime, model, part_, max_tokens=64, padded=padded)
             for padded in (False, True)
@@ -149,7 +150,7 @@ def score(config: RunConfig, runtime: Runtime) -> dict[int, list[list[float]]]:
 def poison(config: RunConfig, runtime: Runtime) -> dict[str, object]:
     """Make the loss NaN on the last rank only, at steps 1 and 2, then at all; see what all ranks do."""
     trainer = build(config, runtime)
-    model = runtime.unwrap(trainer.model)
+    model = unwrap(trainer.model)
     steps_poisoned, calls = {1, 2}, {"step": 0}
     backward = runtime.backward
 

@@ -36,7 +36,15 @@ from toolkit.engine.lookups import Lookups, embeddings
 from toolkit.engine.meeting import init_method
 from toolkit.engine.memory import keep_freed_memory
 from toolkit.engine.phases import Phases
-from toolkit.engine.replicas import MOMENTS, Replicas, State, set_updates, updates, whole_shape
+from toolkit.engine.replicas import (
+    MOMENTS,
+    Replicas,
+    State,
+    set_updates,
+    unwrap,
+    updates,
+    whole_shape,
+)
 from toolkit.engine.zero import Zero
 
 SPARE_SECONDS = 60
@@ -131,10 +139,6 @@ class Runtime:
         for weight in lookups.weights:  # DDP, which leaves them alone, would have done so
             Replicas.put(weight, self._whole_from_main(weight, weight.detach()))
         return lookups
-
-    def unwrap(self, model: nn.Module) -> Any:
-        """Return the model without what distribution wrapped around it; autocast stays."""
-        return self.accelerator.unwrap_model(model)
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """Return a micro-batch as the model's arguments, on this process's device."""
@@ -284,7 +288,7 @@ class Runtime:
 
         Before `prepare`, or for evaluation only: a sharded optimizer keeps its own copy.
         """
-        for name, parameter in self.unwrap(model).named_parameters():
+        for name, parameter in unwrap(model).named_parameters():
             whole = self._whole_from_main(parameter, weights.get(name))
             (Zero if self.is_zero else Replicas).put(parameter, whole)
 

@@ -17,7 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from toolkit.engine.replicas import MOMENTS, State, dtypes, frozen, moments, watch_gradients
+from toolkit.engine.replicas import (
+    MOMENTS,
+    State,
+    dtypes,
+    frozen,
+    moments,
+    unwrap,
+    watch_gradients,
+)
 
 
 class Zero:
@@ -25,7 +33,7 @@ class Zero:
 
     def __init__(self, accelerator: Any, model: Any, optimizer: Any, max_norm: float) -> None:
         self.model = model
-        self.plain: nn.Module = model.module
+        self.plain: nn.Module = unwrap(model)
         self.zero = self.model.optimizer
         self.optimizer: torch.optim.Optimizer = self.zero.optimizer
         self.stage: int = self.model.zero_optimization_stage()

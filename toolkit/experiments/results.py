@@ -17,11 +17,6 @@ from toolkit.files import facts_in
 
 METRICS = ("accuracy", "precision", "recall", "f1")
 SETTINGS = ("head", "batch_size", "lr", "epochs", "seed")
-COLUMNS = [
-    *("experiment", *SETTINGS),
-    *(name + end for name in METRICS for end in ("", "_low", "_high")),
-    *("n", "seconds", "reviews_per_s", "run_id", "setting_f1", "p_against_best", "verdict"),
-]
 OTHER = "other test data"
 
 

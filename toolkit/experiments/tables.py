@@ -8,18 +8,17 @@ best_bert_model_<head>_config.json     its settings and metrics
 
 import csv
 import io
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
 from toolkit.console import complain, say
 from toolkit.experiments.results import (
-    COLUMNS,
-    METRICS,
-    SETTINGS,
     Setting,
     best_by_head,
     name_of,
@@ -31,84 +30,112 @@ from toolkit.files import write_json, write_text
 CSV_NAME = "bert_experiment_results.csv"
 
 
+@dataclass(frozen=True)
+class Column:
+    """One column of a table that people read."""
+
+    title: str
+    cell: Callable[[Any], str]
+    """Row -> what stands in it."""
+    left: bool = False
+    """Names begin at the left; numbers end at the right."""
+
+
 def to_csv(listed: list[dict[str, Any]]) -> str:
     """Render rows as CSV; an empty field means that there is no value."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(out, list(listed[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(listed)
     return out.getvalue()
 
 
-def to_table(titles: tuple[str, ...], left: tuple[str, ...], cells: list[list[str]]) -> Table:
+def to_table(columns: list[Column], rows: Iterable[Any]) -> Table:
     """Render rows for a terminal."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for title in titles:
-        table.add_column(title, justify="left" if title in left else "right", no_wrap=True)
-    for row in cells:
-        table.add_row(*map(Text, row))  # as they are: names may hold markup
+    for column in columns:
+        justify: JustifyMethod = "left" if column.left else "right"
+        table.add_column(column.title, justify=justify, no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(column.cell(row)) for column in columns))  # names may hold markup
     return table
 
 
-def to_markdown(found: list[Setting]) -> str:
-    """Render the runs, their settings if there are several seeds, and what follows, as Markdown."""
-    parts = [_markdown(_TITLES, _LEFT, [_cells(row) for row in rows(found)])]
-    if has_seeds(found):
-        parts.append(_markdown(_SETTING_TITLES, _SETTING_LEFT, setting_cells(found)))
-    return "\n\n".join([*parts, "\n".join(conclusions(found))]) + "\n"
+def to_markdown(columns: list[Column], rows: Iterable[Any]) -> str:
+    """Render rows as a table in Markdown."""
+    lines = [[column.title for column in columns]]
+    lines += [["---" if column.left else "---:" for column in columns]]
+    lines += [[column.cell(row).replace("|", r"\|") for column in columns] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _markdown(titles: tuple[str, ...], left: tuple[str, ...], cells: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(titles) + " |"]
-    lines += ["|" + "|".join("---" if title in left else "---:" for title in titles) + "|"]
-    escaped = [[cell.replace("|", r"\|") for cell in row] for row in cells]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in escaped)])
+def _metric(name: str) -> Callable[[dict[str, Any]], str]:
+    return lambda row: "n/a" if row[name] is None else f"{row[name]:.4f}"
 
 
-def has_seeds(found: list[Setting]) -> bool:
-    """Tell whether a setting was run with several seeds."""
-    return any(len(setting.runs) > 1 for setting in found)
+def _with_p(verdict: str, p: float | None) -> str:
+    return verdict if p is None else f"{verdict} (p = {p:.2g})"
 
 
-_SETTING_TITLES = ("setting", "seeds", "F1 of all seeds", "lowest to highest", "against the best")
-_SETTING_LEFT = ("setting", "lowest to highest", "against the best")
+RUN_COLUMNS = [
+    Column("experiment", lambda row: row["experiment"], left=True),
+    Column("head", lambda row: row["head"], left=True),
+    Column("batch", lambda row: str(row["batch_size"])),
+    Column("lr", lambda row: str(row["lr"])),
+    Column("epochs", lambda row: str(row["epochs"])),
+    Column("seed", lambda row: str(row["seed"])),
+    Column("accuracy", _metric("accuracy")),
+    Column("precision", _metric("precision")),
+    Column("recall", _metric("recall")),
+    Column(
+        "F1 (95 %)",
+        lambda row: f"{_metric('f1')(row)} ({row['f1_low']:.3f} to {row['f1_high']:.3f})",
+        left=True,
+    ),
+    Column("n", lambda row: str(row["n"])),
+    Column("s", lambda row: f"{row['seconds']:.0f}"),
+    Column("reviews/s", lambda row: f"{row['reviews_per_s']:.0f}"),
+    Column(
+        "against the best", lambda row: _with_p(row["verdict"], row["p_against_best"]), left=True
+    ),
+]
+"""Of rows as `results.rows` makes them."""
+
+SETTING_COLUMNS = [
+    Column("setting", lambda row: row["name"], left=True),
+    Column("seeds", lambda row: str(len(row["each"]))),
+    Column("F1 of all seeds", lambda row: f"{row['setting'].f1:.4f}"),
+    Column("lowest to highest", lambda row: _range(row["each"]), left=True),
+    Column("against the best", lambda row: _with_p(row["verdict"], row["setting"].p), left=True),
+]
+"""Of rows as `setting_rows` makes them."""
 
 
-def setting_cells(found: list[Setting]) -> list[list[str]]:
-    """Return one row for each setting, best first."""
-    names = setting_names(found)
-    cells = []
-    for setting, name in zip(found, names, strict=True):
-        each = [run["test"]["f1"]["value"] or 0.0 for run in setting.runs]
-        p = "" if setting.p is None else f" (p = {setting.p:.2g})"
-        spread = f"{min(each):.4f} to {max(each):.4f}" if len(each) > 1 else ""
-        verdict = f"{setting.verdict(found[0])}{p}"
-        cells.append([name, str(len(each)), f"{setting.f1:.4f}", spread, verdict])
-    return cells
+def _range(values: list[float]) -> str:
+    return f"{min(values):.4f} to {max(values):.4f}" if len(values) > 1 else ""
 
 
-_TITLES = (
-    *("experiment", "head", "batch", "lr", "epochs", "seed"),
-    *("accuracy", "precision", "recall", "F1 (95 %)", "n", "s", "reviews/s", "against the best"),
-)
-_LEFT = ("experiment", "head", "F1 (95 %)", "against the best")
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    numbers = ["n/a" if row[name] is None else f"{row[name]:.4f}" for name in METRICS]
-    f1_cell = f"{numbers[3]} ({row['f1_low']:.3f} to {row['f1_high']:.3f})"
-    verdict = row["verdict"]
-    if row["p_against_best"] is not None:
-        verdict += f" (p = {row['p_against_best']:.2g})"
+def setting_rows(found: list[Setting]) -> list[dict[str, Any]]:
+    """Return one row for each setting, best first; none where each setting has one seed."""
+    if all(len(setting.runs) == 1 for setting in found):
+        return []
     return [
-        *(str(row[name]) for name in ("experiment", *SETTINGS)),
-        *numbers[:3],
-        f1_cell,
-        str(row["n"]),
-        f"{row['seconds']:.0f}",
-        f"{row['reviews_per_s']:.0f}",
-        verdict,
+        {
+            "name": name,
+            "setting": setting,
+            "each": [run["test"]["f1"]["value"] or 0.0 for run in setting.runs],
+            "verdict": setting.verdict(found[0]),
+        }
+        for setting, name in zip(found, setting_names(found), strict=True)
     ]
+
+
+def report(found: list[Setting]) -> str:
+    """Render the runs, their settings if there are several seeds, and what follows, as Markdown."""
+    parts = [to_markdown(RUN_COLUMNS, rows(found))]
+    if pooled := setting_rows(found):
+        parts.append(to_markdown(SETTING_COLUMNS, pooled))
+    return "\n\n".join([*parts, "\n".join(conclusions(found))]) + "\n"
 
 
 def conclusions(found: list[Setting]) -> list[str]:
@@ -167,7 +194,7 @@ def write_all(folder: Path, found: list[Setting]) -> list[Path]:
     from toolkit.record.export import save_state_dict  # imports torch
 
     write_text(folder / CSV_NAME, to_csv(rows(found)))
-    write_text(folder / "bert_experiment_results.md", to_markdown(found))
+    write_text(folder / "bert_experiment_results.md", report(found))
     written = [folder / CSV_NAME, folder / "bert_experiment_results.md"]
     for head, run in best_by_head(found).items():
         model = folder / f"best_bert_model_{head}.pth"
@@ -188,10 +215,10 @@ def write_all(folder: Path, found: list[Setting]) -> list[Path]:
 def show(found: list[Setting]) -> None:
     """Print the table, never cut: a narrow terminal wraps its lines."""
     console = Console(width=max(Console().width, 250))
-    console.print(to_table(_TITLES, _LEFT, [_cells(row) for row in rows(found)]))
-    if has_seeds(found):
+    console.print(to_table(RUN_COLUMNS, rows(found)))
+    if pooled := setting_rows(found):
         say()
-        console.print(to_table(_SETTING_TITLES, _SETTING_LEFT, setting_cells(found)))
+        console.print(to_table(SETTING_COLUMNS, pooled))
     say()
     for line in conclusions(found):
         say(line)
