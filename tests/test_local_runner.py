@@ -73,7 +73,7 @@ def test_a_stop_loses_nothing(tiny_flags: list[str], tmp_path: Path) -> None:
         str(ROOT / "launch" / "cpu.yaml"),
         *PYTHON[1:],
     ]
-    path = write(tmp_path, [*tiny_flags, "--epochs=60", "--log_every=1"], command, seed=[1, 2, 3])
+    path = write(tmp_path, [*tiny_flags, "--epochs=40", "--log_every=1"], command, seed=[1, 2, 3])
     start = [sys.executable, "-m", "toolkit", "sweep", "run", str(path), "--jobs=2"]
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}  # no environment is activated
     settings = os.environ | environment

@@ -19,7 +19,7 @@ from toolkit import ranks as ranks_module
 from toolkit.data.cache import TokenSplit
 from toolkit.data.steps import Stream
 from toolkit.engine import estimate, memory, timing
-from toolkit.engine.estimate import Activations
+from toolkit.engine.estimate import Activations, Rates
 from toolkit.engine.optim import OptimSpec
 from toolkit.engine.trainer import LoopSpec, Trainer, deal_slots, summed_loss
 from toolkit.plan import main
@@ -202,6 +202,8 @@ def test_a_sweep_costs_what_its_own_runs_do(
 ) -> None:
     """With the flags that were given, but for those that it varies; of one machine, if that is a CPU."""
     monkeypatch.setattr(plan_module, "rehearse", lambda *_: {})
+    measure, rates = estimate.measure, Rates(1.0, 0.001, 0.0, "made up")
+    monkeypatch.setattr(estimate, "measure", lambda *given: (rates, measure(*given)[1]))
     found: list[Any] = []
     plain = plan_module.costs
 

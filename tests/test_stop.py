@@ -28,7 +28,7 @@ def test_a_signal_is_noted_and_its_deadline(
     number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PET_SHUTDOWN_TIMEOUT", "300")
-    before = signal.getsignal(number)
+    before = signal.signal(number, usual := signal.default_int_handler)  # nohup may run the tests
     with Stop() as stop:
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)  # Ctrl-C arrives twice
@@ -36,7 +36,7 @@ def test_a_signal_is_noted_and_its_deadline(
         assert 290 < stop.deadline - time.monotonic() <= 300
         with pytest.raises(Preempted), stop.raising():
             pass
-    assert signal.getsignal(number) is before
+    assert signal.signal(number, before) is usual
 
 
 def test_raising_interrupts() -> None:
@@ -129,8 +129,8 @@ def test_a_hang_up_is_ignored_under_nohup(ignored: bool) -> None:
     """Neither does it keep from stopping what does not come by SIGHUP."""
     program = f"""
     import os, signal, time
-    if {ignored}:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # and so `nohup` leaves it
+    # `nohup` leaves it ignored
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if {ignored} else signal.SIG_DFL)
     from toolkit.stop import GONE, Stop
 
     with Stop() as stop:
