@@ -1,6 +1,7 @@
 """Local files and hub folders: every format, every complaint, and the counts add up."""
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from tests.programs import run_for_peak, run_python
 from tests.tiny import build_cache, reviews
+from toolkit.data import local
 from toolkit.data.prepare import DataSpec
 from toolkit.data.rows import SourceSpec
 from toolkit.data.sources import open_source
@@ -158,6 +160,16 @@ def test_broken_csv(tmp_path: Path) -> None:
     for bad_rows in ("error", "quarantine"):  # the rows behind it would be lost without a word
         text = complaints(unclosed, bad_rows=bad_rows, label_names="0,1")
         assert "1 row with broken quoting, so that it is unclear where the row ends" in text
+
+
+def test_a_quote_left_open_in_a_large_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not take the rest of the file into memory: what lies behind is read as rows again."""
+    monkeypatch.setattr(local, "MAX_CELL", 1000)
+    rows = [f"row {number},{number % 3}" for number in range(500)]
+    path = write(tmp_path / "x.csv", "\n".join(["text,label", "good,1", '"open,0', *rows]))
+    text = complaints(path, label_names="0,1")
+    assert "1 row with broken quoting, so that it is unclear where the row ends" in text
+    assert re.search(r"1\d\d rows with label '2'", text), text
 
 
 @pytest.mark.parametrize(

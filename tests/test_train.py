@@ -419,6 +419,7 @@ from toolkit.train import main
 code = main(sys.argv[1:])
 assert "torch._inductor.cudagraph_trees" not in sys.modules, "takes 0.9 s of every start"
 assert gc.get_freeze_count() > 300_000, "the collector takes a second of every start"
+assert not {"deepspeed", "pandas"} & set(sys.modules), "they take half a second of every run"
 sys.exit(code)
 """
     done = run_python("-c", code, *tiny_flags, "--max_steps=2")

@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -38,6 +37,8 @@ DATA_LIKE = {
 }
 """Formats that we do not read, and whose files should not be passed over in silence."""
 DELIMITERS = ",;\t|"
+MAX_CELL = 2**27
+"""Characters, half a GiB while they are read. A quote that is left open would take the rest of the file."""
 
 
 def open_local(spec: SourceSpec, path: Path) -> Source:
@@ -249,7 +250,7 @@ def _read_files(paths: list[Path], spec: SourceSpec) -> Iterator[Row]:
 
 def _csv_rows(lines: TextIO, path: Path, spec: SourceSpec) -> tuple[list[str], "CsvReader"]:
     """Return a file's columns, and what reads the rows behind them."""
-    csv.field_size_limit(sys.maxsize)  # a review may be longer than the default of 128 KiB
+    csv.field_size_limit(MAX_CELL)
     delimiter = _delimiter(path, spec)
     quoting: Literal[0, 3] = csv.QUOTE_NONE if _quotes_are_text(path, spec) else csv.QUOTE_MINIMAL
     # strict: a stray quote is an error instead of swallowing the rows up to the next quote
