@@ -38,7 +38,7 @@ DATA_LIKE = {
 """Formats that we do not read, and whose files should not be passed over in silence."""
 DELIMITERS = ",;\t|"
 MAX_CELL = 2**27
-"""Characters, half a GiB while they are read. A quote that is left open would take the rest of the file."""
+"""Characters, half a GiB while they are read. A quote left open would take the rest of the file."""
 
 
 def open_local(spec: SourceSpec, path: Path) -> Source:
