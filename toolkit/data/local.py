@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 from toolkit.assets import missing_parts
 from toolkit.data.rows import UNCLEAR_END, Row, Source, SourceSpec, Split, canonical, make_row
 from toolkit.errors import DataError
+from toolkit.files import file_hash
 
 if TYPE_CHECKING:
     from _csv import Reader as CsvReader
@@ -41,8 +42,10 @@ MAX_CELL = 2**27
 """Characters, half a GiB while they are read. A quote left open would take the rest of the file."""
 
 
-def open_local(spec: SourceSpec, path: Path) -> Source:
+def open_local(spec: SourceSpec, path: Path, cache: Path) -> Source:
     """Find the files of a path and check that they have the named columns.
+
+    Each start does so: for their hash alone it reads large files through, and that once.
 
     Raises:
         DataError: listing the problems of all files.
@@ -63,12 +66,14 @@ def open_local(spec: SourceSpec, path: Path) -> Source:
         for name, paths in files.items()
     }
     changed = watch(file for _, file in all_files)  # before they are read
-    revision = hash_files(all_files)
+    revision = hash_files(all_files, cache)
     names, values = _labels(spec)
-    notes = [
-        f"{file.name}: quotes are text" for _, file in all_files if _quotes_are_text(file, spec)
-    ]
+    notes = partial(_notes, [file for _, file in all_files], spec)
     return Source(splits, revision, names, values if spec.label_names else None, changed, notes)
+
+
+def _notes(files: list[Path], spec: SourceSpec) -> list[str]:
+    return [f"{file.name}: quotes are text" for file in files if _quotes_are_text(file, spec)]
 
 
 def _labels(spec: SourceSpec) -> tuple[tuple[str, str], tuple[str, str]]:
@@ -89,13 +94,11 @@ def _setting_problems(spec: SourceSpec, files: list[Path]) -> list[str]:
     return problems
 
 
-def hash_files(files: list[tuple[str, Path]]) -> str:
-    """Hash splits, names and contents; about a second for each gigabyte."""
+def hash_files(files: list[tuple[str, Path]], cache: Path) -> str:
+    """Hash splits, names and contents."""
     digest = hashlib.sha256()
     for split, path in files:
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{split}\0{path.name}\0{content}\0".encode())
+        digest.update(f"{split}\0{path.name}\0{file_hash(path, cache)}\0".encode())
     return digest.hexdigest()
 
 
@@ -201,7 +204,7 @@ def _column_names(path: Path, spec: SourceSpec) -> list[str] | None:
     with open_text(path, spec) as lines:
         if path.suffix.lower() == ".jsonl":
             return _json_columns(lines)
-        header, _ = _csv_rows(lines, path, spec)
+        header = _header(csv.reader(lines, delimiter=_delimiter(path, spec), strict=True))
         return header if next(lines, None) is not None else None
 
 

@@ -108,7 +108,7 @@ def _build(
             "inputs": inputs,
             "dataset": described(spec),
             "label_names": source.label_names,
-            "notes": source.notes,
+            "notes": source.notes(),
             **writer.close(),
         }
         meta["texts_in_train"] = texts_in_train(checked, selection)

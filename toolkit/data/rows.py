@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,8 +41,8 @@ class Source:
     """What the rows call them, in canonical form; None where that has to be recognised."""
     changed: Callable[[], list[Path]] = list
     """Return the files that were written to or replaced since `revision` was worked out."""
-    notes: list[str] = field(default_factory=list)
-    """How files were understood where there was a choice."""
+    notes: Callable[[], list[str]] = list
+    """Return how files were understood where there was a choice; may read them."""
 
 
 @dataclass(frozen=True)

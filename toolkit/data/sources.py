@@ -33,7 +33,7 @@ def open_source(spec: SourceSpec, cache: Path) -> Source:
         close = difflib.get_close_matches(spec.dataset, DATASETS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"named ones are {', '.join(DATASETS)}"
         raise DataError([f"dataset {spec.dataset!r} is neither a known name nor a path; {hint}"])
-    return open_local(spec, path)
+    return open_local(spec, path, cache)
 
 
 def _refuse_ignored(spec: SourceSpec) -> None:
@@ -71,7 +71,7 @@ def _amazon_polarity(spec: SourceSpec, cache: Path) -> Source:
     """3.6 M training and 400 k test reviews (Zhang, Zhao and LeCun, NeurIPS 2015)."""
     changed: Callable[[], list[Path]] = list  # a commit never does
     if spec.dataset_path:
-        revision, locate, changed = _local_copy(spec.dataset_path)
+        revision, locate, changed = _local_copy(spec.dataset_path, cache)
     else:
         revision, locate = _commit(spec)
     splits = {
@@ -81,7 +81,9 @@ def _amazon_polarity(spec: SourceSpec, cache: Path) -> Source:
     return Source(splits, revision, changed=changed)
 
 
-def _local_copy(dataset_path: str) -> tuple[str, Callable[[], Path], Callable[[], list[Path]]]:
+def _local_copy(
+    dataset_path: str, cache: Path
+) -> tuple[str, Callable[[], Path], Callable[[], list[Path]]]:
     folder = Path(dataset_path).expanduser().absolute()
     files = [("", path) for path in sorted(folder.rglob("*.parquet"))]
     if not files:
@@ -89,7 +91,7 @@ def _local_copy(dataset_path: str) -> tuple[str, Callable[[], Path], Callable[[]
     if missing := missing_parts([path.name for _, path in files]):
         raise DataError([f"dataset_path {folder}: {', '.join(missing[:5])} is missing"])
     changed = watch(path for _, path in files)
-    return hash_files(files), partial(Path, folder), changed
+    return hash_files(files, cache), partial(Path, folder), changed
 
 
 def _commit(spec: SourceSpec) -> tuple[str, Callable[[], Path]]:
