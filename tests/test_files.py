@@ -1,6 +1,7 @@
 """A file's hash is worked out once, and never taken for that of another content."""
 
 import hashlib
+import json
 import os
 import time
 from collections.abc import Callable
@@ -46,9 +47,13 @@ def test_a_hash_is_worked_out_once(settled: Path, tmp_path: Path, hashed: list[s
     assert [file_hash(settled, cache) for _ in range(3)] == [sha("one")] * 3
     assert len(hashed) == 1
     [note] = (cache / "hashes").iterdir()
-    note.write_text("{")
-    assert file_hash(settled, cache) == sha("one")
-    assert len(hashed) == 2, "a damaged note is none"
+    kept = json.loads(note.read_text())
+    for damaged in ("{", "[" * 100_000, json.dumps({"stamp": kept["stamp"]})):
+        hashed.clear()
+        note.write_text(damaged)
+        assert file_hash(settled, cache) == sha("one")
+        assert len(hashed) == 1, "a damaged note is none"
+    assert json.loads(note.read_text()) == kept
 
 
 def in_place(path: Path) -> None:
@@ -74,7 +79,10 @@ def test_another_content_of_the_same_size_and_time(
     assert file_hash(settled, tmp_path) == sha("two")
 
 
-def test_what_may_be_written_to_again_is_not_kept(settled: Path, tmp_path: Path) -> None:
+def test_what_may_be_written_to_again_is_not_kept(
+    settled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "SETTLED_SECONDS", 1000)
     settled.write_text("two")
     assert file_hash(settled, tmp_path) == sha("two")
     assert not (tmp_path / "hashes").exists()

@@ -1,5 +1,6 @@
 """Local files and hub folders: every format, every complaint, and the counts add up."""
 
+import hashlib
 import json
 import re
 import time
@@ -12,6 +13,7 @@ import pytest
 
 from tests.programs import run_for_peak, run_python
 from tests.tiny import build_cache, reviews
+from toolkit import files
 from toolkit.data import local
 from toolkit.data.prepare import DataSpec
 from toolkit.data.rows import SourceSpec
@@ -162,15 +164,24 @@ def test_broken_csv(tmp_path: Path) -> None:
         assert "1 row with broken quoting, so that it is unclear where the row ends" in text
 
 
-def test_a_start_reads_files_for_their_hash_alone(
+def test_a_start_reads_files_for_their_hash_alone_and_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which is known after the first; how quotes are meant is looked at when rows are read."""
+    """How quotes are meant is looked at when rows are read."""
+    monkeypatch.setattr(files, "LARGE_BYTES", 0)
+    monkeypatch.setattr(files, "SETTLED_SECONDS", -1)
     monkeypatch.setattr(local, "_quotes_are_text", lambda *_: 1 / 0)
     path = write(tmp_path / "x.tsv", 'text\tlabel\na "b\tpos\n')
-    source = open_source(SourceSpec(str(path)), tmp_path)
+    first = open_source(SourceSpec(str(path)), tmp_path / "cache")
     with pytest.raises(ZeroDivisionError):
-        next(source.splits["train"].read())
+        next(first.splits["train"].read())
+    monkeypatch.setattr(hashlib, "file_digest", lambda *_: 1 / 0)
+    assert open_source(SourceSpec(str(path)), tmp_path / "cache").revision == first.revision
+
+
+def test_quotes_may_enclose_columns_where_in_rows_they_are_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.tsv", '"text"\t"label"\nthe 27" tv\t1\n"Great" he said\t0\n')
+    assert usable(path) == [('the 27" tv', 1), ('"Great" he said', 0)]
 
 
 def test_a_quote_left_open_in_a_large_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,9 @@ from filelock import FileLock
 
 LARGE_BYTES = 2**24
 """To hash as many takes 15 ms."""
-SETTLED_SECONDS = 2
-"""Some file systems do not tell two moments apart that are closer."""
+SETTLED_SECONDS = 60
+"""Later a write does move a file's times: memory that is mapped to it has gone to disk, two moments are
+told apart, and two machines' clocks differ by less."""
 
 
 @contextmanager
@@ -91,7 +92,7 @@ def facts_in(path: Path) -> dict[str, Any]:
     """Return the JSON object of a file; nothing of one that is absent, or not ours to read."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}
 
 
@@ -99,28 +100,29 @@ def file_hash(path: Path, cache: Path) -> str:
     """Return the SHA-256 of a file: a second for each gigabyte, and none if the cache knows it.
 
     A large file's is kept together with its size, inode and times. Whoever writes to it moves its
-    `ctime`, which no program can set; a file that has just been written to is not kept, as git does it.
+    `ctime`, which on disks and NFS no program can set; that of a file which has just been written to is
+    not kept, much as git does it.
     """
     name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:16]
     note = cache / "hashes" / f"{name}.json"
     with path.open("rb") as file:  # opened first: then a network file system has looked again
-        stamp = _stamp(file.fileno())
-        known = facts_in(note)
-        if known.get("stamp") == stamp:
+        before = os.fstat(file.fileno())
+        is_large = before.st_size >= LARGE_BYTES
+        known = facts_in(note) if is_large else {}
+        if known.get("stamp") == stamp(before) and "sha256" in known:
             return str(known["sha256"])
         found = hashlib.file_digest(file, "sha256").hexdigest()
-        is_settled = (
-            _stamp(file.fileno()) == stamp and time.time() - stamp[-1] / 1e9 > SETTLED_SECONDS
-        )
-    if is_settled and stamp[0] >= LARGE_BYTES:
+        is_unchanged = stamp(os.fstat(file.fileno())) == stamp(before)
+    if is_large and is_unchanged and time.time() - before.st_ctime > SETTLED_SECONDS:
         with suppress(OSError):  # a cache that is only read: hashed again by the next start
             note.parent.mkdir(parents=True, exist_ok=True)
-            write_json(note, {"path": str(path.absolute()), "stamp": stamp, "sha256": found})
+            facts = {"path": str(path.absolute()), "stamp": stamp(before), "sha256": found}
+            write_json(note, facts)
     return found
 
 
-def _stamp(descriptor: int) -> list[int]:
-    status = os.fstat(descriptor)
+def stamp(status: os.stat_result) -> list[int]:
+    """Return what tells that a file was written to or replaced."""
     return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
 
 

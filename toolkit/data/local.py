@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 from toolkit.assets import missing_parts
 from toolkit.data.rows import UNCLEAR_END, Row, Source, SourceSpec, Split, canonical, make_row
 from toolkit.errors import DataError
-from toolkit.files import file_hash
+from toolkit.files import file_hash, stamp
 
 if TYPE_CHECKING:
     from _csv import Reader as CsvReader
@@ -105,14 +105,11 @@ def hash_files(files: list[tuple[str, Path]], cache: Path) -> str:
 def watch(paths: Iterable[Path]) -> Callable[[], list[Path]]:
     """Return what tells which of these files were written to or replaced since now."""
     before = {path: _stamp(path) for path in paths}
-    return lambda: [path for path, stamp in before.items() if _stamp(path) != stamp]
+    return lambda: [path for path, found in before.items() if _stamp(path) != found]
 
 
-def _stamp(path: Path) -> tuple[int, ...] | None:
-    if not path.exists():
-        return None
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns, status.st_ino
+def _stamp(path: Path) -> list[int] | None:
+    return stamp(path.stat()) if path.exists() else None
 
 
 def _files_by_split(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
@@ -204,7 +201,7 @@ def _column_names(path: Path, spec: SourceSpec) -> list[str] | None:
     with open_text(path, spec) as lines:
         if path.suffix.lower() == ".jsonl":
             return _json_columns(lines)
-        header = _header(csv.reader(lines, delimiter=_delimiter(path, spec), strict=True))
+        header = _header(_reader(lines, _delimiter(path, spec)))
         return header if next(lines, None) is not None else None
 
 
@@ -252,13 +249,17 @@ def _read_files(paths: list[Path], spec: SourceSpec) -> Iterator[Row]:
 
 
 def _csv_rows(lines: TextIO, path: Path, spec: SourceSpec) -> tuple[list[str], "CsvReader"]:
-    """Return a file's columns, and what reads the rows behind them."""
-    csv.field_size_limit(MAX_CELL)
+    """Return a file's columns, and what reads the rows behind them; quotes may enclose columns alone."""
     delimiter = _delimiter(path, spec)
-    quoting: Literal[0, 3] = csv.QUOTE_NONE if _quotes_are_text(path, spec) else csv.QUOTE_MINIMAL
+    header = _header(_reader(lines, delimiter))
+    return header, _reader(lines, delimiter, quotes_are_text=_quotes_are_text(path, spec))
+
+
+def _reader(lines: TextIO, delimiter: str, *, quotes_are_text: bool = False) -> "CsvReader":
+    csv.field_size_limit(MAX_CELL)  # it holds for the whole process
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if quotes_are_text else csv.QUOTE_MINIMAL
     # strict: a stray quote is an error instead of swallowing the rows up to the next quote
-    rows = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
-    return _header(rows), rows
+    return csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
 
 
 def _header(rows: "CsvReader") -> list[str]:
@@ -280,7 +281,7 @@ def _quotes_are_text(path: Path, spec: SourceSpec) -> bool:
 def _count_quoted(path: Path, spec: SourceSpec) -> int | None:
     """Return the rows of a TSV file if quotes enclose cells; None if they cannot."""
     with open_text(path, spec) as lines, suppress(csv.Error):
-        return sum(1 for cells in csv.reader(lines, delimiter="\t", strict=True) if cells)
+        return sum(1 for cells in _reader(lines, "\t") if cells)
     return None
 
 
@@ -294,8 +295,7 @@ def _read_csv(path: Path, spec: SourceSpec) -> Iterator[Row]:
             except StopIteration:
                 return
             except csv.Error as error:
-                where = f"up to line {rows.line_num}: {error}"
-                yield Row(where, None, problem=UNCLEAR_END)
+                yield Row(str(error), None, problem=UNCLEAR_END)
                 continue
             if cells:  # else a blank line
                 yield _csv_row(cells, len(header), places)

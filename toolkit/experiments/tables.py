@@ -42,7 +42,7 @@ class Column:
 
 
 def to_csv(listed: list[dict[str, Any]]) -> str:
-    """Render rows as CSV; an empty field means that there is no value."""
+    """Render rows, at least one, as CSV; an empty field means that there is no value."""
     out = io.StringIO()
     writer = csv.DictWriter(out, list(listed[0]), lineterminator="\n")
     writer.writeheader()

@@ -48,7 +48,8 @@ def save_model(
     # and under ZeRO-3 it turns LayerNorm's names into those of TensorFlow's BERT
     model.config.architectures, model.config.dtype = [type(model).__name__], "float32"
     model.config.save_pretrained(folder)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    whole = {name: weight.contiguous() for name, weight in weights.items()}
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
     for name in TOKENIZER_FILES:
         if (encoder_folder / name).exists():
             shutil.copyfile(encoder_folder / name, folder / name)
@@ -86,7 +87,9 @@ def save_predictions(
     import pyarrow.parquet
 
     def column(values: np.ndarray) -> Any:
-        """Do what `pyarrow.array(values)` does; that imports pandas first, 0.2 s (pyarrow 26)."""
+        """Do for numbers what `pyarrow.array` does; that imports pandas first, 0.2 s (pyarrow 26)."""
+        assert values.dtype.isnative
+        assert values.dtype.kind in "iuf"
         kind, buffer = pyarrow.from_numpy_dtype(values.dtype), np.ascontiguousarray(values)
         return pyarrow.Array.from_buffers(kind, len(values), [None, pyarrow.py_buffer(buffer)])
 
