@@ -1,4 +1,4 @@
-"""Files that a reader never sees half of: written aside, synced, published by one rename. Their hashes."""
+"""Files that a reader never sees half of: written aside, synced, published by one rename. And hashes."""
 
 import hashlib
 import json
