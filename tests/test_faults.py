@@ -97,13 +97,13 @@ def test_killed_ranks(make: MakeSubject, uninterrupted: Callable[[int], Subject]
 def test_killed_between_checkpoints(
     make: MakeSubject, uninterrupted: Callable[[int], Subject]
 ) -> None:
-    """Lines in the journal after the checkpoint are written again, not twice."""
-    subject = make()
-    assert subject.run("kill@backward:1:13") != 0
+    """Three processes; lines in the journal after the checkpoint are written again, not twice."""
+    subject = make(processes=3)
+    assert subject.run("kill@backward:2:13") != 0
     assert subject.steps() == [*range(1, 13)]
     assert subject.run() == 0
     assert "Going on after step 7" in subject.said()
-    assert_same(subject, uninterrupted(2))
+    assert_same(subject, uninterrupted(3))
 
 
 @pytest.mark.parametrize("processes", [1, 2])

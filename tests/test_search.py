@@ -120,7 +120,7 @@ def test_a_stop_while_a_run_is_started_reaches_it(
 
 def test_a_killed_worker_loses_no_trial(tiny_flags: list[str], tmp_path: Path) -> None:
     """The next one does the same trial again, whose run goes on where it was."""
-    epochs = {"value": 20}
+    epochs = {"value": 40}
     path = write(tmp_path, [*tiny_flags, "--save_minutes=0"], lr=LR, epochs=epochs)
     command = [sys.executable, "-m", "toolkit", "sweep", "run", str(path)]
     command += ["--search=optuna", "--trials=1"]

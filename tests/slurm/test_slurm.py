@@ -29,7 +29,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield started
 
 
-LONG = ["--epochs=60", "--save_minutes=0.02", "--head=v3", "--dropout=0.2"]
+LONG = ["--epochs=80", "--save_minutes=0.02", "--head=v3", "--dropout=0.2"]
 
 
 @pytest.fixture

@@ -50,22 +50,22 @@ def to_csv(listed: list[dict[str, Any]]) -> str:
     return out.getvalue()
 
 
-def to_table(columns: list[Column], rows: Iterable[Any]) -> Table:
+def to_table(columns: list[Column], listed: Iterable[Any]) -> Table:
     """Render rows for a terminal."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in columns:
         justify: JustifyMethod = "left" if column.left else "right"
         table.add_column(column.title, justify=justify, no_wrap=True)
-    for row in rows:
+    for row in listed:
         table.add_row(*(Text(column.cell(row)) for column in columns))  # names may hold markup
     return table
 
 
-def to_markdown(columns: list[Column], rows: Iterable[Any]) -> str:
+def to_markdown(columns: list[Column], listed: Iterable[Any]) -> str:
     """Render rows as a table in Markdown."""
     lines = [[column.title for column in columns]]
     lines += [["---" if column.left else "---:" for column in columns]]
-    lines += [[column.cell(row).replace("|", r"\|") for column in columns] for row in rows]
+    lines += [[column.cell(row).replace("|", r"\|") for column in columns] for row in listed]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
