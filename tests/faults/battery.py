@@ -2,7 +2,7 @@
 
     python -m tests.faults.battery --kills 60 --out figures.json
 
-Half an hour on two cores. `README.md` quotes its figures.
+Half an hour on two cores. `tests/bench/FIGURES.md` quotes its figures.
 """
 
 import argparse
