@@ -4,13 +4,16 @@ import json
 import subprocess
 import tomllib
 from pathlib import Path
+from threading import Event, Thread
+from types import SimpleNamespace
 
 import pytest
 
 from tests.programs import ROOT
+from toolkit import launcher
 from toolkit.config import parse
 from toolkit.errors import ConfigError
-from toolkit.launcher import refuse_contradictions
+from toolkit.launcher import Turn, refuse_contradictions
 
 
 def refused(environment: dict[str, str], *flags: str) -> str:
@@ -33,6 +36,7 @@ ZERO = {"ACCELERATE_USE_DEEPSPEED": "true"}
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, [], ["mixed_precision", "'fp16'", "'bf16'"]),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, ["--precision=fp32"], ["--precision"]),
         (ZERO, ["--compile"], ["--compile", "DeepSpeed", "launch/ddp.yaml"]),
+        ({"ACCELERATE_USE_DEEPSPEED": "True"}, ["--compile"], ["--compile", "DeepSpeed"]),
         (
             ZERO | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
             [],
@@ -108,6 +112,42 @@ def test_a_deepspeed_file(tmp_path: Path) -> None:
     assert said.count(str(path)) == 11
     path.write_text("{")
     assert "cannot be read" in refused(environment)
+
+
+def turn(rank: int, launcher_started: float) -> Turn:
+    """Make the turn of one of two processes."""
+    process = SimpleNamespace(create_time=lambda: launcher_started)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launcher.psutil, "Process", lambda _: process)
+        for name, value in {"LOCAL_RANK": rank, "RANK": rank, "LOCAL_WORLD_SIZE": 2}.items():
+            patch.setenv(name, str(value))
+        return Turn()
+
+
+def test_the_first_process_prepares_and_the_others_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where an earlier launcher of the same process id, killed, has left its sign."""
+    monkeypatch.setattr(launcher.tempfile, "gettempdir", lambda: str(tmp_path))
+    before = turn(0, launcher_started=1.0)
+    with before.in_order():
+        pass
+    first, other, passed = turn(0, 2.0), turn(1, 2.0), Event()
+
+    def wait() -> None:
+        with other.in_order():
+            passed.set()
+
+    waiting = Thread(target=wait, daemon=True)
+    waiting.start()
+    assert not passed.wait(0.5), "the data are not prepared yet"
+    with first.in_order():
+        assert not passed.is_set()
+    assert passed.wait(10)
+    other.forget()
+    assert first.done.exists(), "the first one's to remove"
+    first.forget()
+    assert [path for path in tmp_path.iterdir() if path != before.done] == []
 
 
 def install(venv: Path, *extra: str) -> "subprocess.CompletedProcess[str]":

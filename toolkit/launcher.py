@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
+
 from toolkit.config import RunConfig
 from toolkit.errors import ConfigError
 
@@ -38,6 +40,7 @@ class Turn:
         self.processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         launch = (
             os.getppid(),
+            psutil.Process(os.getppid()).create_time(),  # another launcher may have had its number
             os.environ.get("MASTER_PORT"),
             os.environ.get("TORCHELASTIC_RESTART_COUNT"),
         )
@@ -50,13 +53,17 @@ class Turn:
         if self.processes == 1:
             yield
         elif self.is_first:
-            self.done.unlink(missing_ok=True)  # of a launcher that had the same process id
             yield
             self.done.touch()
         else:
             while not self.done.exists():  # if the first one fails, the launcher ends this one
                 time.sleep(POLL_SECONDS)
             yield
+
+    def forget(self) -> None:
+        """Leave nothing behind, once all processes have had their turn."""
+        if self.is_first:
+            self.done.unlink(missing_ok=True)
 
 
 class Said(NamedTuple):
@@ -71,6 +78,11 @@ class Said(NamedTuple):
     """The run's own name for it, or why it may not be said."""
 
 
+def uses_deepspeed() -> bool:
+    """Tell whether the launch config asks for DeepSpeed, as Accelerate (1.15) reads it."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
 def refuse_contradictions(config: RunConfig) -> None:
     """Compare what the launch files say with the run's settings.
 
@@ -78,7 +90,7 @@ def refuse_contradictions(config: RunConfig) -> None:
         ConfigError: naming both places of each contradiction.
     """
     problems = []
-    if config.compile and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+    if config.compile and uses_deepspeed():
         problems.append(
             "--compile does not go with DeepSpeed, whose hooks stand between the layers: leave it out, "
             "or use launch/ddp.yaml"
@@ -103,7 +115,7 @@ def _from_launcher(config: RunConfig) -> Iterator[Said]:
     if precision not in (None, "no"):  # "no" is also what it writes when nobody said anything
         place = "mixed_precision of the launch config (ACCELERATE_MIXED_PRECISION)"
         yield Said(place, precision, config.precision, "precision")
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
+    if not uses_deepspeed():
         return
     for name, ours, theirs in (
         ("gradient_accumulation_steps", config.grad_accum, "grad_accum"),
@@ -117,7 +129,7 @@ def _from_launcher(config: RunConfig) -> Iterator[Said]:
 def _from_deepspeed_file(config: RunConfig) -> Iterator[Said]:
     """Yield what a DeepSpeed file says, if the launch config names one."""
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true" or path == "none":
+    if not uses_deepspeed() or path == "none":
         return
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -102,6 +102,7 @@ def start(config: RunConfig, turn: Turn, stop: Stop) -> int:
         with uncollected():
             from toolkit.run import run  # imports torch
 
+        stack.callback(turn.forget)
         return run(config, tokens, encoder, folder, origin, point, stop)
 
 
