@@ -13,7 +13,7 @@ from toolkit.config import RunConfig, part
 from toolkit.data.batches import Batch, make_batch
 from toolkit.data.cache import TokenSplit
 from toolkit.engine.runtime import Runtime
-from toolkit.engine.step import Sums, Wants, _fetch_sums, begin_step, train_step
+from toolkit.engine.step import Wants, _fetch_sums, begin_step, train_step
 from toolkit.engine.totals import Progress
 from toolkit.engine.trainer import micro_batches
 from toolkit.model.classifier import ClassifierSpec, build_classifier
@@ -37,7 +37,7 @@ def compute(
         runtime = Runtime(config.precision, 1)
     model, _ = build_classifier(part(ClassifierSpec, config), encoder, NAMES)
     if compiled:
-        model.compile_encoder()
+        model.compile_encoder(on_gpu=runtime.device.type == "cuda")
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     prepared, _ = runtime.prepare(model, optimizer, max_norm=1.0, compiled=compiled)
     prepared.train()
@@ -127,7 +127,7 @@ def test_the_host_does_not_wait_within_a_step(split: TokenSplit, tiny_encoder: P
     stream = torch.cuda.current_stream()
     assert not stream.query(), "the host waited"
     torch.cuda._sleep(LONG)
-    sums = Sums(*read())
+    sums = read()
     assert not stream.query(), "the host waited for what was begun later, too"
     assert sums.loss_sum > 0
     assert sums.norm == norm.item() > 0

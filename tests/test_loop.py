@@ -14,18 +14,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels import use_kernels
 from tests.tiny import make_trainer
+from toolkit.build import training_tokens
 from toolkit.config import RunConfig
-from toolkit.engine import runtime, step, timing
+from toolkit.engine import loop, runtime, step, timing
 from toolkit.engine.lookups import Lookups, embeddings
 from toolkit.engine.loop import Hooks, train
 from toolkit.engine.optim import build_optimizer, set_rates
 from toolkit.engine.replicas import unwrap
 from toolkit.engine.runtime import Runtime
-from toolkit.engine.step import Sums, Wants, _fetch_sums, add_gradients, train_step
+from toolkit.engine.step import Wants, _fetch_sums, add_gradients, train_step
 from toolkit.engine.totals import Progress
 from toolkit.engine.trainer import Trainer, micro_batches
 from toolkit.errors import Preempted
-from toolkit.run import training_tokens
 
 WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")
 
@@ -57,7 +57,7 @@ def test_the_host_does_not_wait_within_a_step(
         norm = trainer.runtime.step()
         read = _fetch_sums(trainer.runtime, begun, Wants(), norm)
     assert mode.seen > 300
-    sums = Sums(*read())
+    sums = read()
     assert sums.tokens == sum(batch.tokens for batch in batches)
     assert (sums.out_of_memory, sums.stop, sums.save) == (0, 0, 0)
     assert sums.norm == norm.item() > 0
@@ -104,6 +104,15 @@ def test_embedding_gradients_that_stay_are_those_of_one_step(
         assert kept.layout == torch.strided
         assert anew.any()
         torch.testing.assert_close(kept, anew, rtol=1e-5, atol=1e-8)
+
+
+def test_an_embedding_that_no_rank_looked_up() -> None:
+    model = torch.nn.ModuleList([torch.nn.Embedding(5, 2), torch.nn.Embedding(4, 3)])
+    lookups = Lookups(model, embeddings(model))
+    model[0](torch.tensor([1, 3])).sum().backward()
+    lookups.average(lambda tensor: 2 * tensor, 2)  # two ranks with the same rows
+    assert lookups.gradients[0][:, 0].tolist() == [0, 1, 0, 1, 0]
+    assert not lookups.gradients[1].any()
 
 
 def test_embeddings_that_are_not_only_looked_up() -> None:
@@ -288,7 +297,10 @@ def test_a_wish_is_granted_with_the_next_step(ahead: bool, split, tiny_encoder: 
 def test_time_in_which_a_begun_step_computes_counts(
     split, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A GPU computes while the host logs: reviews/s would be too many without that time."""
+    """A GPU computes while the host logs: reviews/s would be too many without that time.
+
+    A checkpoint takes far longer than what computes meanwhile, and is none of a step's.
+    """
     clock = [0]
 
     def passing(seconds: int, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -298,14 +310,17 @@ def test_time_in_which_a_begun_step_computes_counts(
 
         return later
 
-    monkeypatch.setattr(step, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    for module in (loop, step):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     trainer = make_trainer(split, tiny_encoder)
     fetch = trainer.runtime.fetch
     monkeypatch.setattr(trainer.runtime, "fetch", lambda numbers: passing(1, fetch(numbers)))
     hooks = replace(Course(trainer).hooks(), on_step=passing(10, lambda _: None))
-    for ahead, expected in ((False, 3), (True, 23)):
+    saving = replace(hooks, wants=lambda: Wants(save=True), on_save=passing(100, lambda _: None))
+    for ahead, expected, with_saves in ((False, 3, 3), (True, 23, 3)):
         monkeypatch.setattr(Runtime, "begins_ahead", ahead)
         assert train(trainer, hooks, Progress()).seconds == expected
+        assert train(trainer, saving, Progress()).seconds == with_saves
 
 
 @pytest.mark.parametrize("max_tokens", [None, 8192, 64])

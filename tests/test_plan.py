@@ -249,7 +249,7 @@ def test_a_device_that_is_not_here_gets_its_own_micro_batches(
     tiny_flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not those that a CPU's caches want, of at most 8,192 tokens."""
-    monkeypatch.setattr("toolkit.run.training_tokens", lambda config, runtime: 64)
+    monkeypatch.setattr("toolkit.build.training_tokens", lambda config, runtime: 64)
     grounds: list[plan_module.Ground] = []
     monkeypatch.setattr(plan_module, "report", lambda *given: grounds.append(given[2]))
     assert main([*tiny_flags, "--tflops=1"]) == main([*tiny_flags, "--tflops=1", "--max_tokens=80"])
@@ -271,7 +271,7 @@ def test_memory_follows_the_micro_batch(
 
     def steps(one: Trainer, rows: int, compiled: bool) -> timing.Steps:
         assert compiled
-        number = estimate.work(one, 1).micro_batches if rows == 64 else 1
+        number = estimate.work(one, 1).num_micro_batches if rows == 64 else 1
         if one is not trainer:
             assert (one.spec.grad_accum, one.spec.max_tokens) == (1, None)
         seconds = 0.2 + 0.3 * number + 10 * rows * 0.001
@@ -284,9 +284,9 @@ def test_memory_follows_the_micro_batch(
     assert rates.launching == pytest.approx(0.3 if flags else 0)
     work = estimate.work(trainer, 1)
     expected = {"grad_accum": (4, 160), "max_tokens": (4, 160)}.get("".join(flags), (1, 640))
-    assert (work.micro_batches, work.largest) == expected
-    assert rates.seconds(work.total, work.micro_batches) == pytest.approx(
-        0.2 + 0.3 * work.micro_batches + 0.64
+    assert (work.num_micro_batches, work.largest) == expected
+    assert rates.seconds(work.total, work.num_micro_batches) == pytest.approx(
+        0.2 + 0.3 * work.num_micro_batches + 0.64
     )
     assert kept.of(work.largest) == pytest.approx(300 + work.largest * 50)
 

@@ -76,7 +76,7 @@ def test_a_deal_covers_the_step_exactly(
     rows = np.concatenate([rows for batches in dealt for rows in batches])
     assert sorted(rows) == list(range(len(lengths)))
     if max_tokens:
-        assert all(cost(array[r], padded) <= max_tokens for b in dealt for r in b)
+        assert all(cost(array[r], padded=padded) <= max_tokens for b in dealt for r in b)
     else:
         assert len(dealt[0]) <= grad_accum
 
@@ -87,7 +87,7 @@ def test_a_row_that_does_not_fit_sets_the_size_of_all(padded: bool) -> None:
     lengths = np.array([250] + [20] * 20)
     ranks = deal(lengths, 2, max_tokens=100, padded=padded)
     assert [len(batches) for batches in ranks] == [2, 2]
-    largest = max(cost(lengths[rows], padded) for batches in ranks for rows in batches)
+    largest = max(cost(lengths[rows], padded=padded) for batches in ranks for rows in batches)
     assert largest == (250 if padded else 256)
 
 
@@ -113,10 +113,10 @@ def test_padding_is_small_with_several_padded_micro_batches() -> None:
     rng = np.random.default_rng(0)
     lengths = amazon_like(rng, 256)
     dealt = deal(lengths, 8, grad_accum=4, padded=True)
-    computed = [sum(cost(lengths[rows], True) for rows in batches) for batches in dealt]
+    computed = [sum(cost(lengths[rows], padded=True) for rows in batches) for batches in dealt]
     assert sum(computed) / lengths.sum() < 1.10
     assert max(computed) / np.mean(computed) < 1.10
-    random = [cost(lengths[start : start + 8], True) for start in range(0, 256, 8)]
+    random = [cost(lengths[start : start + 8], padded=True) for start in range(0, 256, 8)]
     assert sum(random) / lengths.sum() > 1.5, "the bound above would be met by any batches"
 
 

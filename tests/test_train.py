@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,8 +21,10 @@ from transformers import AutoTokenizer
 
 from tests.programs import TRAIN, launch, run_python
 from toolkit.assets import encoder_fingerprint
+from toolkit.build import about_compiling
 from toolkit.config import RunConfig
-from toolkit.run import about_compiling
+from toolkit.errors import DataError
+from toolkit.predict import Classifier
 from toolkit.train import main
 
 
@@ -117,10 +120,17 @@ def test_the_best_model_loads_like_any_other_and_gave_the_predictions(
     tokenizer = AutoTokenizer.from_pretrained(folder / "best")
     with (tiny_data / "test.csv").open(newline="") as file:
         texts = [row["text"] for row in csv.DictReader(file)]
-    inputs = tokenizer(texts, return_tensors="pt", padding=True)
+    texts[-1] *= 20
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, truncation=True)
+    assert inputs["input_ids"].shape[1] == 32, "cut as in training"
     scores = model(**inputs).logits.softmax(-1)[:, 1].tolist()
     table = pyarrow.parquet.read_table(folder / "predictions.parquet").to_pydict()
-    assert table["score"] == pytest.approx(scores, abs=1e-5)
+    assert table["score"][:-1] == pytest.approx(scores[:-1], abs=1e-5)
+    classifier = Classifier(folder / "best", precision="fp32")
+    assert classifier.scores(texts).tolist() == pytest.approx(scores, abs=1e-5)
+    texts[-1] = texts[-1][: len(texts[-1]) // 20]
+    assert classifier.scores(texts).tolist() == table["score"], "bit for bit"
+    run_the_card(folder / "best", classifier)
     assert model.config.id2label == {0: "negative", 1: "positive"}
     best = read(folder / "summary.json")["validation"]["step"]
     assert (folder / "best").readlink().name == f"best-step-{best:06d}"
@@ -129,6 +139,31 @@ def test_the_best_model_loads_like_any_other_and_gave_the_predictions(
     )
     card = ModelCard.load(folder / "best" / "README.md")
     assert card.data.eval_results[0].dataset_name.endswith("(validation)")
+
+
+def run_the_card(folder: Path, classifier: Classifier) -> None:
+    """Both pieces of code, as they stand there, with texts of unequal length."""
+    scored, plain = re.findall("```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(plain, found)
+    exec(scored.replace("classifier.scores", "scores = classifier.scores"), found)
+    assert found["scores"] == pytest.approx(found["logits"].softmax(-1)[:, 1], abs=0.02), "bf16"
+    assert found["scores"] == pytest.approx(classifier.scores(found["texts"]), abs=0.02)
+
+
+def test_what_is_not_a_list_of_texts_is_refused(
+    finished: tuple[list[str], Path], tmp_path: Path
+) -> None:
+    _, folder = finished
+    classifier = Classifier(folder / "best")
+    assert classifier.labels == ("negative", "positive")
+    assert classifier.scores([]).shape == (0,)
+    assert classifier.scores([""]).shape == (1,)
+    for texts in ("Great sound.", ["Great sound.", None]):
+        with pytest.raises(TypeError, match="allowed is a list of texts"):
+            classifier.scores(texts)
+    with pytest.raises(DataError, match=r"holds no model; a run leaves one in runs/<run_id>/best"):
+        Classifier(tmp_path)
 
 
 def test_the_written_config_reproduces_the_run(

@@ -76,10 +76,10 @@ def build_cache(spec: DataSpec, encoder: Path, cache: Path) -> TokenCache:
 
 def make_trainer(split: TokenSplit, encoder: Path, **settings: Any) -> "Trainer":
     """Join a model of one process with a run's settings and these rows."""
+    from toolkit.build import make_trainer as join
     from toolkit.config import RunConfig, part
     from toolkit.engine.runtime import Runtime
     from toolkit.model.classifier import ClassifierSpec, build_classifier
-    from toolkit.run import make_trainer as join
 
     config = replace(RunConfig(batch_size=16, precision="fp32", max_steps=3), **settings)
     runtime = Runtime(config.precision, 1)

@@ -50,13 +50,13 @@ class WandbConfig:
     """Where Weights & Biases files the run."""
 
     project: str = "bert-heads"
-    """Project."""
+    """W&B project."""
     entity: str | None = None
     """User or team; null means the key's own."""
     group: str | None = None
     """Group shown together, for example one sweep."""
     tags: list[str] = field(default_factory=list)
-    """Tags."""
+    """W&B tags."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from urllib.parse import urlparse
 
 from toolkit.config import RunConfig, cache_dir
 from toolkit.console import complain, say
+from toolkit.machine import usable_cores
 from toolkit.network import why_unreachable
 from toolkit.ranks import LAUNCH_FOLDER, PROGRAMS, RanksError, ask
 from toolkit.record.tracking import wandb_mode, wandb_url
@@ -106,7 +107,7 @@ def devices() -> Iterator[Finding]:
     """Name the devices and whether they compute in bf16."""
     import torch
 
-    cores = len(os.sched_getaffinity(0))
+    cores = len(usable_cores())
     if not torch.cuda.is_available():
         flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
         fast = "avx512_bf16" in flags or "amx_bf16" in flags

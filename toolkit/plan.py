@@ -31,6 +31,8 @@ from toolkit.prepare import prepare_data, refuse_no_steps
 from toolkit.ranks import LAUNCH_FOLDER, PROGRAMS, RanksError, ask
 
 if TYPE_CHECKING:
+    import torch
+
     from toolkit.engine.estimate import Activations, Kind, Rates
     from toolkit.engine.trainer import Trainer
 
@@ -70,15 +72,21 @@ class Row(NamedTuple):
     """Those were not measured with these ranks, but follow from what one takes."""
 
 
+class Facts(NamedTuple):
+    """What one device takes for what."""
+
+    rates: "Rates"
+    kept: "Activations"
+    scoring: float
+    """Bytes that evaluation needs at most; with stated rates not known, and less than training."""
+
+
 @dataclass(frozen=True)
 class Ground:
     """What all rows follow from."""
 
     trainer: "Trainer"
-    kept: "Activations"
-    scoring: float
-    """Bytes that evaluation needs at most; with stated rates not known, and less than training."""
-    rates: "Rates"
+    facts: Facts
     base: float
     """Bytes of a process before the model."""
     parameters: int
@@ -204,13 +212,9 @@ def survey(
 ) -> Ground:
     """Build the model and measure what the plan rests on, besides what is timed already."""
     with uncollected():
-        import torch
-
-        from toolkit.engine import estimate
-        from toolkit.engine.memory import usable_bytes
+        from toolkit.build import make_trainer
         from toolkit.engine.runtime import Runtime
         from toolkit.model.classifier import ClassifierSpec, build_classifier
-        from toolkit.run import evaluation_tokens, make_trainer
 
     runtime = Runtime(config.precision, config.cpu_threads)
     base = psutil.Process().memory_info().rss
@@ -220,32 +224,20 @@ def survey(
         # what it means on a GPU, from Ampere on; we may not be on one
         config = replace(config, batching="packed" if config.precision == "bf16" else "padded")
     trainer = make_trainer(config, tokens, runtime, model)
-    if on_cpu:
-        memory: float = usable_bytes()
-    elif torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties(runtime.device).total_memory
-    else:
-        memory = math.inf
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    standing = estimate.state_bytes("replicas", parameters, 1, on_cpu=on_cpu)
-    standing += base if on_cpu else 0
-    scoring = 0.0
     if options.tflops:
-        rates = _stated(options, model.config, trainer, parameters)
-        kept = estimate.activations(trainer)
+        facts = _stated(options, model.config, trainer, parameters)
         # cut as a CPU wants it until here; a GPU takes what the user says
         trainer = replace(trainer, spec=replace(trainer.spec, max_tokens=config.max_tokens))
     else:
-        rates, kept = estimate.measure(trainer, standing, config.compile)
-        scoring = estimate.measure_scoring(trainer, evaluation_tokens(config, runtime), standing)
+        facts = _measured(config, trainer, parameters, base if on_cpu else 0)
+    memory = options.memory_gb * GIB if options.memory_gb else _memory(runtime.device, on_cpu)
     return Ground(
         trainer=trainer,
-        kept=kept,
-        scoring=scoring,
-        rates=rates,
+        facts=facts,
         base=base if on_cpu else CUDA_BYTES,
         parameters=parameters,
-        memory=options.memory_gb * GIB if options.memory_gb else memory,
+        memory=memory,
         compiled=config.compile,
         on_cpu=on_cpu,
         link=options.link_gb * 1e9 if options.link_gb else math.inf,
@@ -253,15 +245,38 @@ def survey(
     )
 
 
-def _stated(
-    options: argparse.Namespace, shape: Any, trainer: "Trainer", parameters: int
-) -> "Rates":
+def _memory(device: "torch.device", on_cpu: bool) -> float:
+    """Return the bytes of the device that is planned for; infinity where it is not here."""
+    import torch
+
+    from toolkit.engine.memory import usable_bytes
+
+    if on_cpu:
+        return usable_bytes()
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(device).total_memory
+    return math.inf
+
+
+def _measured(config: RunConfig, trainer: "Trainer", parameters: int, base: float) -> Facts:
+    from toolkit.build import evaluation_tokens
+    from toolkit.engine import estimate
+
+    on_cpu = trainer.runtime.device.type == "cpu"
+    standing = base + estimate.state_bytes("replicas", parameters, 1, on_cpu=on_cpu)
+    rates, kept = estimate.measure(trainer, standing, config.compile)
+    at_once = evaluation_tokens(config, trainer.runtime)
+    return Facts(rates, kept, estimate.measure_scoring(trainer, at_once, standing))
+
+
+def _stated(options: argparse.Namespace, shape: Any, trainer: "Trainer", parameters: int) -> Facts:
     from toolkit.engine import estimate
 
     sizes = shape.num_hidden_layers, shape.hidden_size, shape.intermediate_size
     offsets, packed = trainer.train.offsets, not trainer.padded
     flops = estimate.token_flops(*sizes, offsets, packed=packed)
-    return estimate.stated(options.tflops, options.bandwidth_gb, flops, parameters)
+    rates = estimate.stated(options.tflops, options.bandwidth_gb, flops, parameters)
+    return Facts(rates, estimate.activations(trainer), scoring=0.0)
 
 
 def rows(ground: Ground, options: argparse.Namespace) -> Iterator[Row]:
@@ -278,15 +293,15 @@ def _row(ground: Ground, launch: str, kind: "Kind", ranks: int) -> Row:
     work = estimate.work(ground.trainer, ranks)
     state = estimate.state_bytes(kind, ground.parameters, ranks, on_cpu=ground.on_cpu)
     room = (ground.memory / ranks if ground.on_cpu else ground.memory) - ground.base - state
-    fits = ground.kept.tokens_within(room) / work.per_review
-    count = work.micro_batches
-    seconds = ground.rates.seconds(work.busiest, count)
+    fits = ground.facts.kept.tokens_within(room) / work.per_review
+    count = work.num_micro_batches
+    seconds = ground.facts.rates.seconds(work.busiest, count)
     if ground.on_cpu:  # its ranks share its cores and its memory's bandwidth
-        seconds = ranks * ground.rates.seconds(work.total / ranks, count)
+        seconds = ranks * ground.facts.rates.seconds(work.total / ranks, count)
     sent = estimate.communication_bytes(kind, ground.parameters, ranks, count) / ground.link
     # on a CPU the best model is read beside the last one, to score the test set
     best = estimate.FLOAT * ground.parameters if ground.on_cpu else 0
-    busy = max(ground.kept.of(work.largest), ground.scoring) + best
+    busy = max(ground.facts.kept.of(work.largest), ground.facts.scoring) + best
     return Row(
         launch,
         ranks,
@@ -305,17 +320,19 @@ def report(
     flags: list[str],
 ) -> None:
     """Print the table, and what it rests on."""
-    stream, rates = ground.trainer.stream, ground.rates
+    stream, rates = ground.trainer.stream, ground.facts.rates
     batching = "padded" if ground.trainer.padded else "packed"
     say(f"{config.encoder}, head {config.head}: {ground.parameters / 1e6:.1f} M parameters")
     say(
         f"{stream.num_rows} reviews, {stream.num_steps} steps of {stream.batch_size}, {batching}; "
-        f"{ground.kept.per_token / 2**10:.0f} KiB of activations for each token"
+        f"{ground.facts.kept.per_token / 2**10:.0f} KiB of activations for each token"
+    )
+    more = (
+        f" + {rates.launching * 1e3:.1f} ms for each micro-batch but one" if rates.launching else ""
     )
     say(
         f"a step: {rates.fixed * 1e3:.1f} ms + {rates.per_token * 1e6:.1f} us for each token"
-        + f" + {rates.launching * 1e3:.1f} ms for each micro-batch but one" * (rates.launching > 0)
-        + f" ({rates.source})"
+        f"{more} ({rates.source})"
     )
     if ground.compiled:
         say("DeepSpeed runs no compiled model: ZeRO is left out")
@@ -351,7 +368,7 @@ def run_seconds(tokens: TokenCache, ground: Ground, row: Row) -> float:
     scored = {name: int(tokens.splits[name].offsets[-1]) for name in ("validation", "test")}
     passes = evaluations(stream, every) * scored["validation"] + scored["test"]
     share = 1 if ground.on_cpu else row.ranks
-    return stream.num_steps * row.seconds + ground.rates.per_token * SCORING * passes / share
+    return stream.num_steps * row.seconds + ground.facts.rates.per_token * SCORING * passes / share
 
 
 def _report_sweep(
@@ -366,9 +383,8 @@ def _report_sweep(
     known = [cost.seconds for cost in found if cost.seconds is not None]
     hours = sum(known) / 3600
     price = f", {hours * options.price:.2f} at {options.price:g} an hour" if options.price else ""
-    unknown = f"; {len(found) - len(known)} runs on data not prepared yet" * (
-        len(found) > len(known)
-    )
+    missing = len(found) - len(known)
+    unknown = f"; {missing} runs on data not prepared yet" if missing else ""
     say(f"\n{options.sweep}: {len(found)} runs, {hours:.2f} hours of one device{price}{unknown}")
     for name in (*DECIDE_RATE, "batch_size"):
         others = sorted(

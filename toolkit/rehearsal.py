@@ -18,10 +18,10 @@ from toolkit.ranks import answer, run
 def main() -> None:
     """Take a few steps of the run and keep nothing."""
     with uncollected():
+        from toolkit.build import make_trainer
         from toolkit.engine.estimate import step_seconds
         from toolkit.engine.runtime import Runtime
         from toolkit.model.classifier import ClassifierSpec, build_classifier
-        from toolkit.run import make_trainer
 
     config = parse(sys.argv[1:])
     tokens, encoder = prepare_data(config)

@@ -3,7 +3,6 @@
 import os
 import time
 import traceback
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,25 +10,23 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from toolkit.build import about_compiling, evaluation_tokens, make_trainer
 from toolkit.config import RunConfig, part
 from toolkit.console import complain, say
 from toolkit.data.cache import TokenCache
-from toolkit.data.steps import Stream
 from toolkit.engine.checkpoint import read_moments, read_progress, read_weights
 from toolkit.engine.cores import Cores
 from toolkit.engine.evaluate import Evaluation, evaluate
 from toolkit.engine.loop import Hooks, train
 from toolkit.engine.memory import peak_bytes
-from toolkit.engine.optim import OptimSpec, build_optimizer
 from toolkit.engine.replicas import unwrap
 from toolkit.engine.runtime import Runtime
 from toolkit.engine.step import Wants
 from toolkit.engine.totals import Progress, Totals
-from toolkit.engine.trainer import LoopSpec, Trainer, stand_in_loss
+from toolkit.engine.trainer import Trainer
 from toolkit.engine.watchdog import Watchdog
-from toolkit.errors import CheckpointError, ConfigError, Preempted, ToolkitError
-from toolkit.model.attention import has_fast_packing
-from toolkit.model.classifier import ClassifierSpec, HeadClassifier, build_classifier
+from toolkit.errors import CheckpointError, Preempted, ToolkitError
+from toolkit.model.classifier import ClassifierSpec, build_classifier
 from toolkit.record.checkpoints import Origin
 from toolkit.record.export import save_model, save_predictions
 from toolkit.record.journal import RunFolder
@@ -41,9 +38,6 @@ from toolkit.redact import redact_values
 from toolkit.restart import MEETING_SECONDS, Restart
 from toolkit.saving import Saving
 from toolkit.stop import Stop
-
-WORTH_COMPILING = 2_000
-"""Steps; 35 ms saved in each make up for the minute that it takes (an H100, tests/bench/NOTES.md)."""
 
 
 def run(
@@ -86,55 +80,6 @@ def run(
         this.tracker.finish()  # last: it may wait for the network
     runtime.end()
     return 0
-
-
-def make_trainer(
-    config: RunConfig, tokens: TokenCache, runtime: Runtime, model: HeadClassifier
-) -> Trainer:
-    """Join model, optimizer and data for the loop, and take a step that changes nothing."""
-    optim = part(OptimSpec, config)
-    padded = _is_padded(config, runtime)
-    if config.compile:
-        if padded or not has_fast_packing(runtime.device, config.precision):
-            raise ConfigError(
-                [
-                    "compile is for packed reviews, which a GPU takes in bf16, from Ampere on (here: "
-                    f"{runtime.device}, {config.precision}): set precision to bf16, or leave out compile"
-                ]
-            )
-        model.compile_encoder()
-    prepared, optimizer = runtime.prepare(
-        model,
-        build_optimizer(model, optim),
-        max_norm=config.max_grad_norm,
-        compiled=config.compile,
-    )
-    train_split = tokens.splits["train"]
-    trainer = Trainer(
-        runtime=runtime,
-        model=prepared,
-        optimizer=optimizer,
-        train=train_split,
-        stream=part(Stream, config, num_rows=len(train_split)),
-        padded=padded,
-        spec=part(LoopSpec, config, max_tokens=training_tokens(config, runtime)),
-        optim=optim,
-    )
-    # a compiled model would be compiled for the few tokens of a stand-in, and again for the first batch
-    as_it_stands = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
-    with as_it_stands:
-        runtime.warm_up(lambda model: stand_in_loss(trainer, model))
-    return trainer
-
-
-def about_compiling(config: RunConfig, runtime: Runtime, padded: bool, steps: int) -> str | None:
-    """Say it if a run would be over sooner with `compile`, or without."""
-    on_gpu = runtime.device.type == "cuda"
-    if config.compile and not on_gpu:
-        return "--compile is for GPUs: on two cores of a CPU it made steps longer by a quarter"
-    if not on_gpu or config.compile or padded or runtime.is_zero or steps <= WORTH_COMPILING:
-        return None
-    return "--compile would take a minute; on an H100 it made steps 1.9 to 3 times as fast"
 
 
 def _record_early_stop(config: RunConfig, folder: RunFolder, stop: Stop) -> None:
@@ -282,9 +227,9 @@ class Run:
         """Make model and optimizer, hand them to the runtime, and put back a checkpoint's state."""
         config, runtime = self.config, self.runtime
         spec = part(ClassifierSpec, config)
-        model, warnings = build_classifier(spec, self.encoder, self.tokens.label_names)
-        for warning in warnings:
-            self.say(warning)
+        model, notes = build_classifier(spec, self.encoder, self.tokens.label_names)
+        for note in notes:
+            self.say(note)
         if self.point:
             runtime.phases.enter("start")  # each part may take as long as a phase may
             weights = read_weights(self.point) if runtime.is_main else {}
@@ -307,10 +252,18 @@ class Run:
             self.progress = Progress.from_json(notes["progress"])
             self.best = notes["best"]
             self.saving.saved_step = self.progress.step
-            if runtime.is_main:
-                best_step = self.best["step"] if self.best else None
-                self.folder.rewind(notes["journal_bytes"], best_step)
+            if problem := runtime.from_main(self._rewind(notes["journal_bytes"])):
+                raise CheckpointError(problem)
         self.progress.split = max(self.progress.split, self.folder.split)
+
+    def _rewind(self, journal_bytes: int) -> str | None:
+        """Take the record back to the checkpoint's time; return what went wrong."""
+        if self.runtime.is_main:
+            try:
+                self.folder.rewind(journal_bytes, self.best["step"] if self.best else None)
+            except CheckpointError as error:
+                return str(error)
+        return None
 
     def begin(self, num_steps: int) -> None:
         """Record what is known before the first step."""
@@ -326,8 +279,10 @@ class Run:
             arguments = wandb_arguments(*config.wandb_place)
             shown = redact_values(config.identity())
             self.tracker = Tracker(lambda: runtime.start_wandb(arguments, shown))
+        alone = facts["distributed_type"] == "NO"
+        how = "one process" if alone else facts["distributed_type"]
         self.say(
-            f"Training on {runtime.world_size} x {facts['device']} ({facts['distributed_type']}), "
+            f"Training on {runtime.world_size} x {facts['device']} ({how}), "
             f"{facts['batching']}; run folder: {self.folder.path}"
         )
         for name, plan in facts["precision_plan"].items():
@@ -399,6 +354,8 @@ class Run:
             "dataset": self.config.dataset,
             "encoder": self.config.encoder,
             "labels": ", ".join(self.tokens.label_names),
+            "positive": self.tokens.label_names[1],
+            "max_length": self.config.max_length,
             "step": record["step"],
             "folder": (self.folder.path / "best").absolute(),
         }
@@ -448,10 +405,10 @@ class Run:
             "world_size": self.runtime.world_size,
             "train_seconds": round(seconds, 3),
             "device_seconds": round(seconds * self.runtime.world_size, 3),
-            "reviews_per_s": totals.rows / seconds,
-            "tokens_per_s": totals.tokens / seconds,
+            "reviews_per_s": totals.reviews_per_s,
+            "tokens_per_s": totals.tokens_per_s,
             "peak_memory_mib": round(peak_bytes(self.runtime.device) / 2**20),
-            "padding": 1 - totals.tokens / max(1.0, totals.computed_tokens),
+            "padding": totals.padding,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
 
@@ -472,29 +429,6 @@ def _is_about_others(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(
         word in str(error) for word in ("gloo", "NCCL", "Connection", "Timed out", "timed out")
     )
-
-
-def _is_padded(config: RunConfig, runtime: Runtime) -> bool:
-    """Resolve `batching: auto`: packed where there is a fast back end for it."""
-    if config.batching == "auto":
-        return not has_fast_packing(runtime.device, config.precision)
-    return config.batching == "padded"
-
-
-def training_tokens(config: RunConfig, runtime: Runtime) -> int | None:
-    """Return the most tokens of a micro-batch in training; None if their number is said instead.
-
-    On a CPU, larger tensors are mapped anew each time, and the kernel clears them page by page: with
-    26,000 tokens of MiniLM that takes a third of the step (tests/bench/NOTES.md).
-    """
-    by_itself = runtime.device.type == "cpu" and config.grad_accum == 1
-    return config.max_tokens or (max(8192, config.max_length) if by_itself else None)
-
-
-def evaluation_tokens(config: RunConfig, runtime: Runtime) -> int:
-    """Return the tokens per micro-batch in evaluation: on a CPU more do not fit into its caches."""
-    by_itself = 4096 if runtime.device.type == "cpu" else 32768
-    return config.eval_tokens or max(by_itself, config.max_length)
 
 
 def _score(record: dict[str, Any], config: RunConfig) -> float:

@@ -46,6 +46,8 @@ class Saving:
     def checkpoint(self, progress: Progress, best: dict[str, Any] | None) -> None:
         """Write a checkpoint, unless there is one of this step.
 
+        That one may say that an evaluation is due which is done by now: a start from it does it again.
+
         Raises:
             CheckpointError: when it fails and the run is to stop then.
         """

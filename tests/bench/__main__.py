@@ -12,7 +12,6 @@ machine reached in the same session.
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 from pathlib import Path
@@ -29,6 +28,7 @@ from toolkit.config import RunConfig, cache_dir, parse
 from toolkit.console import say
 from toolkit.data.cache import TokenCache
 from toolkit.files import write_json
+from toolkit.machine import usable_cores
 from toolkit.prepare import prepare_data
 
 PEERS = (
@@ -63,7 +63,7 @@ def shared_parser(about: str | None = __doc__) -> argparse.ArgumentParser:
     parser.add_argument("--eval_batch", type=int, default=16, help="rows in a peer's evaluation")
     parser.add_argument("--max_length", type=int, default=256)
     parser.add_argument("--lr", type=float, default=5e-5)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=len(usable_cores()))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="scratch, with the data in it")
     return parser

@@ -69,7 +69,7 @@ def imbalance(split: TokenSplit, batch_size: int, ranks: int, *, padded: bool) -
     for step in range(min(BALANCE_STEPS, stream.num_steps - 1)):
         lengths = split.lengths(stream.rows(stream.slots(step)))
         dealt = deal(lengths, ranks, padded=padded)
-        loads = [sum(cost(lengths[part], padded) for part in mine) for mine in dealt]
+        loads = [sum(cost(lengths[part], padded=padded) for part in mine) for mine in dealt]
         ratios.append(max(loads) / statistics.mean(loads))
     return statistics.mean(ratios)
 

@@ -4,7 +4,6 @@ python -m tests.bench.limits
 """
 
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from toolkit.console import say
 from toolkit.data.cache import TokenSplit
 from toolkit.engine.estimate import token_flops
+from toolkit.machine import usable_cores
 
 SECONDS = 2.0
 
@@ -54,4 +54,4 @@ def flops_of(encoder: Path, split: TokenSplit, *, packed: bool) -> float:
 
 
 if __name__ == "__main__":
-    say(json.dumps(measure(len(os.sched_getaffinity(0)))))
+    say(json.dumps(measure(len(usable_cores()))))

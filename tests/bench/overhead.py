@@ -26,6 +26,7 @@ from tests.bench.report import order, spread
 from tests.programs import TRAIN
 from tests.wandb_server import serving
 from toolkit.console import say
+from toolkit.machine import usable_cores
 
 SHARES = ("outside", "beside")
 CASES = ("none", "answers", "slow", "fail", "hang")
@@ -84,7 +85,7 @@ def figures(journal: Path, used: Used) -> dict[str, float]:
     passed, theirs = (last - first for first, last in zip(looks[0], looks[-1], strict=True))
     return {
         "outside": 1 - in_steps / gone,
-        "beside": theirs / passed / len(os.sched_getaffinity(0)),
+        "beside": theirs / passed / len(usable_cores()),
         "rate": reviews / in_steps,
         "seconds": gone - in_steps,
     }

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     """Print a line for each batch size, number of ranks and bandwidth."""
     made = argparse.ArgumentParser("python -m tests.bench.scale", description=__doc__)
     made.add_argument("--batch_size", type=int, nargs="+", default=[256, 2048])
-    made.add_argument("--tflops", type=float, default=335.0, help="of one GPU, many reviews")
+    made.add_argument("--tflops", type=float, default=335.0, help="of one GPU, of whole layers")
     made.add_argument("--fixed_ms", type=float, default=6.2, help="of a step, however few reviews")
     made.add_argument("--hidden", type=float, default=0.0, help="share of a step; 0.67 if eager")
     made.add_argument("--gb_per_s", type=float, nargs="+", default=[400.0, 25.0], help="per rank")

@@ -9,7 +9,6 @@ pass, which weighs in short ones.
 
 import argparse
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,11 +19,12 @@ from tests.bench.data import make_split
 from tests.bench.encoder import write_encoder
 from tests.bench.peers import TRAINERS, make_trainer, predict, rows_of
 from tests.bench.steps import OURS, build, machine
+from toolkit.build import evaluation_tokens
 from toolkit.config import RunConfig
 from toolkit.console import say
 from toolkit.data.cache import TokenSplit
 from toolkit.engine.evaluate import evaluate
-from toolkit.run import evaluation_tokens
+from toolkit.machine import usable_cores
 
 BATCH = 16
 """Of training, which plays no part."""
@@ -47,7 +47,7 @@ def score_peer(
     name: str, split: TokenSplit, encoder: Path, options: argparse.Namespace
 ) -> Iterator[tuple[str, float]]:
     """Yield the same of a peer."""
-    torch.set_num_threads(len(os.sched_getaffinity(0)))  # as ours has
+    torch.set_num_threads(len(usable_cores()))  # as ours has
     given = {"batch_size": 1, "eval_batch": 1, "max_length": split.longest, "lr": 0.0, "seed": 0}
     with tempfile.TemporaryDirectory() as folder:
         settings = argparse.Namespace(folder=folder, **given)

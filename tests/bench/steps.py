@@ -10,12 +10,10 @@ second epoch. Ours is compiled once for all batch sizes.
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
-import time
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +25,18 @@ from torch.profiler import ProfilerActivity, supported_activities
 from tests.bench.data import make_split
 from tests.bench.encoder import write_encoder
 from tests.bench.peers import PEERS
+from toolkit.build import make_trainer
 from toolkit.config import RunConfig
 from toolkit.console import say
 from toolkit.data.cache import TokenCache, TokenSplit
 from toolkit.engine.memory import forget_peak, peak_bytes
 from toolkit.engine.runtime import Runtime
 from toolkit.engine.step import Wants, train_step
-from toolkit.engine.timing import MET, settled, sizes_of
+from toolkit.engine.timing import MET, settled, sizes_of, time_steps
 from toolkit.engine.totals import Progress
 from toolkit.engine.trainer import Trainer
+from toolkit.machine import usable_cores
 from toolkit.model.classifier import ClassifierSpec, build_classifier
-from toolkit.run import make_trainer
 
 OURS = ("ours", "ours_compiled")
 CONTENDERS = (*OURS, *PEERS)
@@ -45,18 +44,6 @@ PROFILED = 5
 LONGEST = 8
 """Kernels that are named."""
 TEST_ROWS = 64
-
-
-@dataclass(frozen=True)
-class Times:
-    """What steps took."""
-
-    seconds: list[float]
-    """Of each that counts."""
-    tokens: list[int]
-    """The same, filling included."""
-    left_out: int
-    """Steps with a size that was new, and the last."""
 
 
 def build(name: str, batch_size: int, encoder: Path, split: TokenSplit) -> Trainer:
@@ -72,20 +59,6 @@ def build(name: str, batch_size: int, encoder: Path, split: TokenSplit) -> Train
 def without_more(trainer: Trainer, steps: int) -> Trainer:
     """End after these steps, or a GPU would begin another one behind them."""
     return replace(trainer, stream=replace(trainer.stream, max_steps=steps))
-
-
-def time_steps(trainer: Trainer, steps: int) -> Times:
-    """Take steps from the first one on."""
-    trainer = without_more(trainer, steps)
-    dealt = sizes_of(trainer, steps)
-    progress, seconds, tokens, report = Progress(), [], [], None
-    for now, counts in zip(dealt, settled(dealt), strict=True):
-        started = time.perf_counter()
-        report = train_step(trainer, progress, Wants(), report)
-        if counts:
-            seconds.append(time.perf_counter() - started)
-            tokens.append(sum(size for size, _ in now))
-    return Times(seconds, tokens, steps - len(seconds))
 
 
 def profiled(trainer: Trainer, activities: list[Any]) -> tuple[Any, Progress]:
@@ -131,13 +104,14 @@ def measure_size(name: str, trainer: Trainer, steps: int) -> None:
     """Print the figures of steps of one batch size."""
     batch_size, device = trainer.stream.batch_size, trainer.runtime.device
     forget_peak(device)
-    times = time_steps(trainer, steps)
+    trainer = without_more(trainer, steps)
+    times = time_steps(trainer, settled(sizes_of(trainer, steps)))
     if not times.seconds:
         raise SystemExit(f"no size was met {MET} times before in {steps} steps: take more --steps")
     median = statistics.median(times.seconds)
     spread = {"lowest_ms": min(times.seconds) * 1e3, "highest_ms": max(times.seconds) * 1e3}
     spread["mean_ms"] = statistics.mean(times.seconds) * 1e3
-    counted = {"steps": len(times.seconds), "left_out": times.left_out}
+    counted = {"steps": len(times.seconds), "left_out": steps - len(times.seconds)}
     counted["tokens"] = round(statistics.median(times.tokens))
     _show(name, batch_size, median, **spread, **counted, peak_MiB=round(peak_bytes(device) / 2**20))
     if torch.cuda.is_available():
@@ -151,7 +125,7 @@ def measure_peer(
     name: str, batch_sizes: list[int], steps: int, encoder: Path, split: TokenSplit
 ) -> None:
     """Print a peer's figures."""
-    torch.set_num_threads(len(os.sched_getaffinity(0)))  # as ours has
+    torch.set_num_threads(len(usable_cores()))  # as ours has
     test = first_rows(split, TEST_ROWS)
     for batch_size in batch_sizes:
         train = first_rows(split, batch_size * steps)

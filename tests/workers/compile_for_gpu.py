@@ -32,7 +32,7 @@ from toolkit.model import attention, kernels
 from toolkit.model.classifier import ClassifierSpec, build_classifier
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-TYPES = {"sums": "*fp32", "num_queries": "i32", "scale": "fp32", "scaling": "fp32"}
+TYPES = {"lse": "*fp32", "num_queries": "i32", "scale": "fp32", "scaling": "fp32"}
 WIDTHS = {"QUERY": 2304, "JOINT": 2304, "OUT": 768, "UNITS": 64, "HEADS": 12, "BLOCKS": 4}
 """BERT-base's, and four blocks for 256 tokens."""
 FEATURES = 768, 384
@@ -133,7 +133,7 @@ def take_steps(runtime: Runtime, features: int) -> None:
         BertModel(BertConfig(num_hidden_layers=2, vocab_size=30, **widths)).save_pretrained(folder)
         model, _ = build_classifier(ClassifierSpec(), Path(folder), ("neg", "pos"))
     with patch("torch.cuda.is_available", return_value=True):
-        model.compile_encoder()
+        model.compile_encoder(on_gpu=True)
     optimizer = torch.optim.AdamW(model.parameters())
     prepared, _ = runtime.prepare(model, optimizer, max_norm=1.0, compiled=True)
     prepared.train()

@@ -42,7 +42,7 @@ class Batch:
     tokens: int
     """Tokens of the R rows."""
     longest: int
-    """Tokens that no sequence of the split exceeds."""
+    """Tokens that no sequence of the split exceeds, nor any filling: not this batch's own longest."""
 
     @property
     def computed_tokens(self) -> int:
@@ -116,8 +116,8 @@ def _pack(
 ) -> dict[str, Any]:
     """Lay sequences one after the other, and fill up to one of few sizes.
 
-    The filling, 2 % on average, is cut into sequences like any others, because a kernel may rely on
-    `longest`; empty ones, which cost next to nothing, make up the rest of the bounds to one of few sizes.
+    The filling, 2 % on average, becomes sequences of at most `longest` tokens: kernels rely on that.
+    Empty ones, which cost next to nothing, then round the number of bounds up to one of few sizes.
     """
     used, total = len(tokens), filled(len(tokens))
     ends = np.cumsum(lengths)
@@ -136,7 +136,7 @@ def _pack(
 
 
 def _few(sequences: int) -> int:
-    """Return the next of two sizes from one power of two to the next, which a batch of that size fits.
+    """Round up to 2^k or 1.25 x 2^k: a batch of 2^k reviews, with its filling, fits the second.
 
     Multiples of 8, as matrix units want them: the last layer has a row for each sequence.
     """

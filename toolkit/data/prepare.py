@@ -16,7 +16,7 @@ from toolkit.data.cache import FORMAT_VERSION, SPLITS, TokenCache, open_cache
 from toolkit.data.rows import Source, SourceSpec
 from toolkit.data.selection import Selection, select, texts_in_train
 from toolkit.data.sources import DATASETS
-from toolkit.data.tokenise import Chunk, TokenWriter, load_tokenizer
+from toolkit.data.tokenise import Chunk, TokenWriter, encode, load_tokenizer
 from toolkit.data.validate import CheckedSplit, check
 from toolkit.errors import DataError
 from toolkit.files import lock, publish_folder, write_json
@@ -135,7 +135,7 @@ def _tokenise_split(
     ):
         before = None
         for chunk in _chunks(split, targets, writer, quarantine):
-            encoded = tokeniser.submit(writer.encode, chunk.texts)
+            encoded = tokeniser.submit(encode, writer.tokenizer, chunk.texts)
             if before:
                 writer.write(before[0], before[1].result(), split.labels)
             before = (chunk, encoded)

@@ -16,8 +16,8 @@ from toolkit.data.hashing import key64, shuffled
 Deal = list[list[np.ndarray]]
 """[rank][micro_batch] -> places within the step's rows."""
 MIN_UNIT, MAX_UNIT = 16, 2048
-"""Tokens: matrix units want multiples of the first. The steps of a large batch are alike, so the second
-halves the filling of 100,000 tokens for a handful of sizes more."""
+"""Of tokens. Matrix units want multiples of the first. Without the second 100,000 tokens would be filled
+up to a multiple of 4,096: twice the filling, for few sizes less, as steps of a large batch are alike."""
 
 
 @dataclass(frozen=True)
@@ -90,33 +90,33 @@ def deal(
     Returns:
         For each rank the same number of micro-batches, at least one; a micro-batch may be empty.
     """
-    split = _deal_padded if padded else _deal_packed
+    deal_into = _deal_padded if padded else _deal_packed
     at_most = -(-len(lengths) // world_size)
-    micro_batches = max(1, min(grad_accum, at_most))
+    count = max(1, min(grad_accum, at_most))
     if max_tokens is None:
-        return split(lengths, world_size, micro_batches)
-    budget = max(max_tokens, cost(lengths.max(keepdims=True), padded))  # no row can be cut
-    micro_batches = max(micro_batches, -(-int(lengths.sum()) // (world_size * budget)))
-    while _largest(lengths, dealt := split(lengths, world_size, micro_batches), padded) > budget:
-        micro_batches += 1
+        return deal_into(lengths, world_size, count)
+    budget = max(max_tokens, cost(lengths.max(keepdims=True), padded=padded))  # no row can be cut
+    count = max(count, -(-int(lengths.sum()) // (world_size * budget)))
+    while _largest(lengths, dealt := deal_into(lengths, world_size, count), padded) > budget:
+        count += 1
     return dealt
 
 
-def _deal_packed(lengths: np.ndarray, world_size: int, micro_batches: int) -> Deal:
+def _deal_packed(lengths: np.ndarray, world_size: int, num_micro_batches: int) -> Deal:
     """Balance tokens over ranks, then over each rank's micro-batches."""
     return [
-        [mine[part] for part in balance(lengths[mine], micro_batches)]
+        [mine[part] for part in balance(lengths[mine], num_micro_batches)]
         for mine in balance(lengths, world_size)
     ]
 
 
-def _deal_padded(lengths: np.ndarray, world_size: int, micro_batches: int) -> Deal:
+def _deal_padded(lengths: np.ndarray, world_size: int, num_micro_batches: int) -> Deal:
     """Cut the rows, sorted by length, into runs of equal padded size, and deal those to ranks.
 
     Neighbours in length share a micro-batch, so there is little padding; long runs have few rows.
     """
     order = np.argsort(-lengths, kind="stable")
-    runs = _equal_runs(lengths[order], world_size * micro_batches)
+    runs = _equal_runs(lengths[order], world_size * num_micro_batches)
     batches = [order[start:stop] for start, stop in runs]
     # runs are alike in cost: deal them like cards, back and forth
     ranks: Deal = [[] for _ in range(world_size)]
@@ -143,13 +143,13 @@ def _equal_runs(falling: np.ndarray, count: int) -> list[tuple[int, int]]:
 def runs_within(falling: np.ndarray, budget: int, *, padded: bool) -> list[tuple[int, int]]:
     """Cut rows, sorted by falling length, into runs that cost at most `budget` (or are one row)."""
     totals = np.append(0, np.cumsum(falling))
-    full = budget - budget % unit(budget)  # the largest size of a pack within the budget
+    largest_pack = budget - budget % unit(budget)
     runs, start = [], 0
     while start < len(falling):
         if padded:  # the first row of a run is its longest and sets the padded length of the rest
             stop = start + budget // int(falling[start])
         else:
-            stop = int(np.searchsorted(totals, totals[start] + full, side="right")) - 1
+            stop = int(np.searchsorted(totals, totals[start] + largest_pack, side="right")) - 1
         stop = min(len(falling), max(start + 1, stop))
         runs.append((start, stop))
         start = stop
@@ -170,7 +170,7 @@ def balance(lengths: np.ndarray, parts: int) -> list[np.ndarray]:
     return [np.array(sorted(rows), dtype=np.int64) for rows in chosen]
 
 
-def cost(lengths: np.ndarray, padded: bool) -> int:
+def cost(lengths: np.ndarray, *, padded: bool) -> int:
     """Return the tokens that a micro-batch computes, padding or filling included."""
     if not len(lengths):
         return 0
@@ -178,8 +178,9 @@ def cost(lengths: np.ndarray, padded: bool) -> int:
 
 
 def filled(tokens: int) -> int:
-    """Return the next of the few sizes of a pack: sixteen from a power of two to the next, but for ends.
+    """Return the next of the few sizes of a pack.
 
+    There are sixteen between one power of two and the next, fewer below 256 tokens, more above 65,536.
     Every size costs something to meet: a captured CUDA graph, or on a CPU the kernels that oneDNN makes
     for it and keeps (torch 2.13: 400 MB for 100 sizes of MiniLM's products, and a sixth of the time).
     """
@@ -187,9 +188,10 @@ def filled(tokens: int) -> int:
 
 
 def unit(tokens: int) -> int:
-    """Return what such a size is a multiple of: a power of two, a sixteenth at most within its limits."""
-    return min(MAX_UNIT, max(MIN_UNIT, 1 << max(0, (tokens // 16).bit_length() - 1)))
+    """Return what such a size is a multiple of: the power of two below a sixteenth, within limits."""
+    sixteenth = min(MAX_UNIT, max(MIN_UNIT, tokens // 16))
+    return 1 << (sixteenth.bit_length() - 1)
 
 
 def _largest(lengths: np.ndarray, dealt: Deal, padded: bool) -> int:
-    return max(cost(lengths[rows], padded) for batches in dealt for rows in batches)
+    return max(cost(lengths[rows], padded=padded) for batches in dealt for rows in batches)

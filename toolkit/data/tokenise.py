@@ -41,6 +41,32 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
+def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """Return the smallest type that holds all token ids."""
+    return np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32)
+
+
+def encode(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokenise texts; return their tokens one after the other, and the length of each."""
+    encodings = tokenizer.encode_batch_fast(texts)
+    ids = [encoding.ids for encoding in encodings]
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    tokens = chain.from_iterable(ids)
+    return np.fromiter(tokens, token_dtype(tokenizer), int(lengths.sum())), lengths
+
+
+def truncate(
+    tokens: np.ndarray, lengths: np.ndarray, max_length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cut texts to so many tokens, of which the last stays the closing [SEP]."""
+    kept = np.minimum(lengths, max_length)
+    ends = np.cumsum(lengths)
+    place = np.arange(len(tokens)) - np.repeat(ends - lengths, lengths)
+    tokens = tokens.copy()
+    tokens[ends - lengths + kept - 1] = tokens[ends - 1]
+    return tokens[place < np.repeat(kept, lengths)], kept
+
+
 @dataclass
 class Chunk:
     """Some rows on their way to the cache."""
@@ -56,23 +82,17 @@ class TokenWriter:
     def __init__(self, folder: Path, tokenizer: Tokenizer, max_length: int) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32)
+        self.dtype = token_dtype(tokenizer)
         self.writers = [SplitWriter(folder, name, self.dtype) for name in SPLITS]
         self.length_counts = np.zeros(len(HISTOGRAM_EDGES), np.int64)
         self.truncated = self.tokens_cut = self.clipped = 0
-
-    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokenise texts; return their tokens one after the other and the length of each."""
-        encodings = self.tokenizer.encode_batch_fast(texts)
-        ids = [encoding.ids for encoding in encodings]
-        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-        return np.fromiter(chain.from_iterable(ids), self.dtype, int(lengths.sum())), lengths
 
     def write(
         self, chunk: Chunk, encoded: tuple[np.ndarray, np.ndarray], labels: np.ndarray
     ) -> None:
         """Truncate and append the rows of a chunk, each to its split."""
-        tokens, lengths = self._truncate(*encoded)
+        self._count(encoded[1])
+        tokens, lengths = truncate(*encoded, self.max_length)
         row_ids, targets = np.array(chunk.row_ids), np.array(chunk.targets)
         for number, writer in enumerate(self.writers):
             mine = targets == number
@@ -80,19 +100,12 @@ class TokenWriter:
                 mine_tokens = tokens[np.repeat(mine, lengths)]
                 writer.append(mine_tokens, lengths[mine], labels[row_ids[mine]], row_ids[mine])
 
-    def _truncate(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Cut rows to `max_length`, keeping the closing [SEP]."""
+    def _count(self, lengths: np.ndarray) -> None:
         self.length_counts += np.bincount(
             np.digitize(lengths, HISTOGRAM_EDGES) - 1, minlength=len(HISTOGRAM_EDGES)
         )
-        kept = np.minimum(lengths, self.max_length)
         self.truncated += int((lengths > self.max_length).sum())
-        self.tokens_cut += int((lengths - kept).sum())
-        ends = np.cumsum(lengths)
-        place = np.arange(len(tokens)) - np.repeat(ends - lengths, lengths)
-        tokens = tokens.copy()
-        tokens[ends - lengths + kept - 1] = tokens[ends - 1]
-        return tokens[place < np.repeat(kept, lengths)], kept
+        self.tokens_cut += int((lengths - self.max_length).clip(min=0).sum())
 
     def close(self) -> dict[str, Any]:
         """Close the files and return what `meta.json` says of the tokens."""

@@ -27,6 +27,7 @@ SAMPLE_STEPS = 20
 LINE_ROWS = 16
 """A line is drawn through micro-batches of at least so many rows and of a quarter: two sizes of packs."""
 
+Point = tuple[float, float]
 Kind = Literal["replicas", "zero1", "zero2", "zero2_offload", "zero3"]
 KEPT: dict[Kind, tuple[int, int]] = {
     "replicas": (4, 0),
@@ -70,7 +71,7 @@ class Work:
     """Of the largest micro-batch in the sample."""
     per_review: float
     """Tokens of a review, padding included."""
-    micro_batches: float
+    num_micro_batches: float
     """Of each rank."""
 
 
@@ -122,9 +123,14 @@ def activations(trainer: Trainer) -> Activations:
         [batch] = deal_slots(one, slots[:rows])
         kept = saved_bytes(partial(summed_loss, trainer, batch), trainer.model.parameters())
         points.append((batch.computed_tokens, kept))
-    (many, much), (few, little) = points
-    per_token = (much - little) / (many - few)
-    return Activations(much - per_token * many, per_token)
+    many, few = points
+    return Activations(*_line(few, many))
+
+
+def _line(few: Point, many: Point, least: float = 0.0) -> tuple[float, float]:
+    """Return where the line through two points begins, not below 0, and its slope, not below `least`."""
+    slope = max(least, (many[1] - few[1]) / (many[0] - few[0]))
+    return max(0.0, many[1] - slope * many[0]), slope
 
 
 def in_one_piece(trainer: Trainer) -> Trainer:
@@ -140,7 +146,9 @@ def work(trainer: Trainer, world_size: int) -> Work:
         rows = trainer.stream.rows(trainer.stream.slots(int(step)))
         lengths = trainer.train.lengths(rows)
         dealt = deal_rows(trainer, rows, world_size)
-        sizes = [[cost(lengths[places], trainer.padded) for places in rank] for rank in dealt]
+        sizes = [
+            [cost(lengths[places], padded=trainer.padded) for places in rank] for rank in dealt
+        ]
         busiest.append(max(map(sum, sizes)))
         totals.append(sum(map(sum, sizes)))
         largest = max(largest, *(size for rank in sizes for size in rank))
@@ -178,18 +186,15 @@ def measure(trainer: Trainer, standing: float, compiled: bool) -> tuple[Rates, A
     sizes = work(trainer, world_size=1)
     rows = max(LINE_ROWS, round(sizes.largest / sizes.per_review))
     few, many = _two_sizes(in_one_piece(trainer), rows, compiled)
-    per_token = max(0.0, (many.seconds - few.seconds) / (many.tokens - few.tokens))
-    fixed = max(0.0, many.seconds - per_token * many.tokens)
+    fixed, per_token = _line((few.tokens, few.seconds), (many.tokens, many.seconds))
     launching = 0.0
-    if sizes.micro_batches > 1:
+    if sizes.num_micro_batches > 1:
         whole = run_steps(trainer, trainer.stream.batch_size, compiled)
-        more = (whole.seconds - fixed - per_token * whole.tokens) / (sizes.micro_batches - 1)
-        launching = min(fixed, max(0.0, more))
-    growth = max(1.0, (many.peak - few.peak) / (many.tokens - few.tokens))
-    return (
-        Rates(fixed, per_token, launching, "measured here"),
-        Activations(max(0.0, many.peak - standing - growth * many.tokens), growth),
-    )
+        each = (whole.seconds - fixed - per_token * whole.tokens) / (sizes.num_micro_batches - 1)
+        launching = min(fixed, max(0.0, each))
+    grown, more = few.peak - standing, many.peak - standing
+    kept = Activations(*_line((few.tokens, grown), (many.tokens, more), least=1.0))
+    return Rates(fixed, per_token, launching, "measured here"), kept
 
 
 def _two_sizes(one: Trainer, rows: int, compiled: bool) -> tuple[Steps, Steps]:

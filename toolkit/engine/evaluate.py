@@ -47,24 +47,22 @@ def evaluate(
     """
     started, was_training = time.monotonic(), model.training
     model.eval()
-    rows_seen, found = [np.zeros(0, np.int64)], [torch.zeros(0, device=runtime.device)]
     loss_sum = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    scores = torch.zeros(len(split), device=runtime.device)
+    seen = torch.zeros(len(split), dtype=torch.int64, device=runtime.device)
     for batch in evaluation_batches(
         split, runtime.rank, runtime.world_size, max_tokens=max_tokens, padded=padded
     ):
         runtime.phases.enter("evaluate")
-        if runtime.any(wants_stop()):  # several ranks wait here for their devices
+        if runtime.any(wants_stop()):  # several ranks wait here for each other
             model.train(was_training)
             raise Preempted
         logits_RC = model(**runtime.inputs(batch)).logits[: len(batch.rows)].float()
         loss_sum += functional.cross_entropy(logits_RC, runtime.labels(batch), reduction="sum")
-        rows_seen.append(batch.rows)
-        found.append(logits_RC.softmax(dim=-1)[:, 1])
+        rows_R = runtime.tensor(batch.rows)
+        scores[rows_R] = logits_RC.softmax(dim=-1)[:, 1]
+        seen.index_add_(0, rows_R, torch.ones_like(rows_R))
     model.train(was_training)
-    rows = torch.from_numpy(np.concatenate(rows_seen))
-    seen = torch.bincount(rows, minlength=len(split))
-    scores = torch.zeros(len(split))
-    scores[rows] = torch.cat(found).cpu()  # one alone waits here, for the first time
     loss_sum = runtime.sum(loss_sum)
     scores, seen = runtime.sum(scores).cpu(), runtime.sum(seen).cpu()
     if not bool((seen == 1).all()):

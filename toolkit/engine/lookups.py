@@ -42,7 +42,7 @@ class Lookups:
         means = total(torch.cat([part.flatten() for part in mine])) / world_size
         parts = means.split([part.numel() for part in mine])
         for gradient, places, part in zip(self.gradients, rows, parts, strict=True):
-            gradient[places] = part.view(len(places), -1)
+            gradient[places] = part.view(len(places), gradient.shape[1])  # perhaps no rows
 
     def touched_gradients(self) -> list[Tensor]:
         """Return copies of the rows that a step touched, of each layer; all others are zero."""

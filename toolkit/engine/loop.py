@@ -6,8 +6,9 @@ dropout and rate; ranks and micro-batches only share the work. So weights, AdamW
 """
 
 import math
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from toolkit.engine.optim import rate_factor
@@ -61,6 +62,8 @@ def train(trainer: Trainer, hooks: Hooks, progress: Progress) -> Totals:
             raise Preempted(progress.step)
         if report.sums.save and not progress.eval_due:
             hooks.on_save(progress)
+            # the time of a step that is begun already starts after that
+            report = replace(report, ended=time.monotonic())
 
 
 def evaluate_and_save(hooks: Hooks, progress: Progress) -> None:
@@ -87,8 +90,8 @@ def _figures(trainer: Trainer, progress: Progress, norm: float) -> dict[str, Any
         "train/loss": totals.loss_sum / totals.rows if totals.rows else None,
         "train/lr": factor * trainer.optim.lr,
         "train/grad_norm_preclip": norm if math.isfinite(norm) else None,
-        "train/reviews_per_s": totals.rows / totals.seconds,
-        "train/tokens_per_s": totals.tokens / totals.seconds,
-        "train/padding": 1 - totals.tokens / max(1.0, totals.computed_tokens),
+        "train/reviews_per_s": totals.reviews_per_s,
+        "train/tokens_per_s": totals.tokens_per_s,
+        "train/padding": totals.padding,
         "train/skipped_steps": totals.skipped,
     }

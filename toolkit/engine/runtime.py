@@ -46,6 +46,7 @@ from toolkit.engine.replicas import (
     whole_shape,
 )
 from toolkit.engine.zero import Zero
+from toolkit.machine import usable_cores
 
 SPARE_SECONDS = 60
 """How much later than the watchdog, which can say more, the process group gives up by itself."""
@@ -113,10 +114,7 @@ class Runtime:
             max_norm: clip the gradient's norm to this; infinity does not clip.
             compiled: the encoder is; then gradients may lie in the memory of a captured CUDA graph.
         """
-        bf16 = self.precision == "bf16"
-        # Not Accelerate's: under DeepSpeed that would mean bf16 parameters, another arithmetic than
-        # DDP's, and DeepSpeed turns autocast from outside its engine off. So it is inside the model
-        model.forward = torch.autocast(self.device.type, torch.bfloat16, bf16)(model.forward)
+        self._put_under_autocast(model)
         if self.is_zero:
             settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
             count = sum(whole_shape(parameter).numel() for parameter in model.parameters())
@@ -131,6 +129,17 @@ class Runtime:
             Zero(*parts) if self.is_zero else Replicas(*parts, lookups, compiled)
         )
         return prepared, prepared_optimizer
+
+    def prepare_to_score(self, model: nn.Module) -> nn.Module:
+        """Put a whole model that is not trained any more on this process's device."""
+        self._put_under_autocast(model)
+        return model.to(self.device)
+
+    def _put_under_autocast(self, model: nn.Module) -> None:
+        # Not Accelerate's: under DeepSpeed that would mean bf16 parameters, another arithmetic than
+        # DDP's, and DeepSpeed turns autocast from outside its engine off. So it is inside the model
+        bf16 = self.precision == "bf16"
+        model.forward = torch.autocast(self.device.type, torch.bfloat16, bf16)(model.forward)
 
     def _lookups(self, model: nn.Module, compiled: bool) -> Lookups:
         """Take over embeddings where that pays and no compiled graph has them in it."""
@@ -152,14 +161,15 @@ class Runtime:
         if self.device.type == "cuda":  # elsewhere it would only import Inductor, 0.9 s
             # what a captured CUDA graph put out in the micro-batch before is not needed any more
             torch.compiler.cudagraph_mark_step_begin()
-        tensors = {name: self._tensor(x) for name, x in arrays.items() if x is not None}
+        tensors = {name: self.tensor(x) for name, x in arrays.items() if x is not None}
         return tensors | {"longest": batch.longest}
 
     def labels(self, batch: Batch) -> Tensor:
         """Return a micro-batch's labels (R,) on this process's device."""
-        return self._tensor(batch.labels)
+        return self.tensor(batch.labels)
 
-    def _tensor(self, array: np.ndarray) -> Tensor:
+    def tensor(self, array: np.ndarray) -> Tensor:
+        """Copy an array to this process's device; the host does not wait."""
         tensor = torch.from_numpy(array)
         if self.device.type == "cuda":  # from pinned memory a copy does not hold up the host
             tensor = tensor.pin_memory()
@@ -316,8 +326,8 @@ class Runtime:
         return self.accelerator.reduce(tensor.to(self.device), reduction="sum")
 
     def sums(self, on_device: Tensor, *numbers: float) -> Tensor:
-        """Sum one number of the device's and others over the ranks, in one message, without waiting."""
-        others = self._tensor(np.array(numbers, dtype=np.float64))
+        """Sum a number of the device's and some of the host's over the ranks, in one message."""
+        others = self.tensor(np.array(numbers, dtype=np.float64))
         return self.sum(torch.cat([on_device.reshape(1), others]))
 
     def any(self, flag: bool) -> bool:
@@ -396,4 +406,4 @@ def _fair_threads() -> int:
     The launcher sets OMP_NUM_THREADS to the *physical* cores it believes in, or to 1.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, len(os.sched_getaffinity(0)) // processes)
+    return max(1, len(usable_cores()) // processes)

@@ -41,14 +41,14 @@ class Sums:
 
 @dataclass(frozen=True)
 class Begun:
-    """A step whose gradient the device is to compute, as this rank knows it; the update is to come."""
+    """A step whose gradient is launched and not applied yet; the figures are this rank's."""
 
     loss_sum: Tensor
     """On the device; of the rows of this rank, like the next two."""
     tokens: int
     computed_tokens: int
     out_of_memory: bool
-    micro_batches: int
+    num_micro_batches: int
 
 
 @dataclass(frozen=True)
@@ -67,43 +67,54 @@ def train_step(
 ) -> Report:
     """Take the next step, on all ranks, in smaller micro-batches if it does not fit into memory.
 
-    A GPU is given the next step's gradient to compute before the host waits to read what came out
-    of this one, so that it is never without work. The next update waits: this step may have to be
-    done again.
-
     Args:
         trainer: what to work on.
         progress: is moved on by one step.
         wants: of this rank.
-        last: of the step before; without it the gradient of a begun step would be added twice.
+        last: of the step before, whenever there was one: the gradient that it has begun is in place
+            already, and would be added twice.
 
     Raises:
         OutOfMemoryError: when single reviews do not fit.
     """
-    runtime, step = trainer.runtime, progress.step
+    step = progress.step
     begun = last.begun if last else None
-    following: Begun | None = None
     started = last.ended if last and begun else time.monotonic()
-    while True:
-        begun = begun or begin_step(trainer, step, progress.split)
-        runtime.phases.enter("optimizer", step + 1)
-        set_rates(trainer.optimizer, rate_factor(step, trainer.stream.num_steps, trainer.optim))
-        norm = runtime.step()
-        read = _fetch_sums(runtime, begun, wants, norm)
-        if runtime.begins_ahead and not trainer.evaluation_is_due(step + 1):
-            following = begin_step(trainer, step + 1, progress.split)
-            runtime.phases.enter("optimizer", step + 1)  # back to where the host waits
-        sums = Sums(*read())
-        if not sums.out_of_memory:
-            break
-        if following:
-            runtime.forget_gradient()
-        _cut_smaller(trainer, progress, begun.micro_batches)
-        begun = None
+    begun = begun or begin_step(trainer, step, progress.split)
+    sums, following = _update(trainer, progress, begun, wants)
+    while sums.out_of_memory:
+        _cut_smaller(trainer, progress, begun.num_micro_batches)
+        begun = begin_step(trainer, step, progress.split)
+        sums, following = _update(trainer, progress, begun, wants)
     ended = time.monotonic()
     _count(progress.recent, sums, len(trainer.stream.slots(step)), ended - started)
     progress.step += 1
     return Report(sums, following, ended)
+
+
+def _update(
+    trainer: Trainer, progress: Progress, begun: Begun, wants: Wants
+) -> tuple[Sums, Begun | None]:
+    """Apply a step's gradient, unless a rank ran out of memory; return the next step, if it is begun.
+
+    A GPU is given the next step's gradient to compute before the host waits to read what came out
+    of this one, so that it is never without work. The next update waits: this step may have to be
+    done again.
+    """
+    runtime, step = trainer.runtime, progress.step
+    runtime.phases.enter("optimizer", step + 1)
+    set_rates(trainer.optimizer, rate_factor(step, trainer.stream.num_steps, trainer.optim))
+    norm = runtime.step()
+    read_sums = _fetch_sums(runtime, begun, wants, norm)
+    following: Begun | None = None
+    if runtime.begins_ahead and not trainer.evaluation_is_due(step + 1):
+        following = begin_step(trainer, step + 1, progress.split)
+        runtime.phases.enter("optimizer", step + 1)  # back to where the host waits
+    sums = read_sums()
+    if sums.out_of_memory and following:
+        runtime.forget_gradient()  # which would be in the way of this step's
+        following = None
+    return sums, following
 
 
 def begin_step(trainer: Trainer, step: int, split: int = 1) -> Begun:
@@ -150,13 +161,12 @@ def _add_gradient(trainer: Trainer, batch: Batch, rows: int, loss_total: Tensor)
     return True
 
 
-def _fetch_sums(
-    runtime: Runtime, begun: Begun, wants: Wants, norm: Tensor
-) -> Callable[[], list[float]]:
-    """Sum over the ranks, in one message; return what waits for the fields of `Sums`."""
+def _fetch_sums(runtime: Runtime, begun: Begun, wants: Wants, norm: Tensor) -> Callable[[], Sums]:
+    """Sum over the ranks, in one message; return what waits for it. In the order of `Sums`."""
     of_rank = begun.tokens, begun.computed_tokens, begun.out_of_memory, wants.stop, wants.save
     on_device = runtime.sums(begun.loss_sum, *of_rank)
-    return runtime.fetch(torch.cat([on_device, norm.double().reshape(1)]))
+    read = runtime.fetch(torch.cat([on_device, norm.double().reshape(1)]))
+    return lambda: Sums(*read())
 
 
 def _count(totals: Totals, sums: Sums, rows: int, seconds: float) -> None:
@@ -170,11 +180,11 @@ def _count(totals: Totals, sums: Sums, rows: int, seconds: float) -> None:
     totals.seconds += seconds
 
 
-def _cut_smaller(trainer: Trainer, progress: Progress, micro_batches: int) -> None:
+def _cut_smaller(trainer: Trainer, progress: Progress, num_micro_batches: int) -> None:
     """Halve the micro-batches from this step on, whose rows stay the same."""
     runtime = trainer.runtime
     rows = len(trainer.stream.slots(progress.step))
-    if micro_batches * runtime.world_size >= rows:
+    if num_micro_batches * runtime.world_size >= rows:
         raise torch.OutOfMemoryError(
             f"out of memory in step {progress.step + 1} with single reviews"
         )

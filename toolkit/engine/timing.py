@@ -18,16 +18,26 @@ TIMED_STEPS = 10
 WARM_STEPS = 4
 """ZeRO-3 settles later than others do."""
 MET = 2
-"""How often a compiled step's sizes are met before it counts: one is run, captured, then replayed."""
+"""Times that all sizes of a compiled step were met before it counts: run, captured, then replayed."""
 MOST_STEPS = 400
-"""To have so many of a compiled run."""
+"""Of a compiled run, to find so many that count."""
 
 Size = tuple[int, int]
 """What kernels are made for and graphs captured for: tokens and sequences of a micro-batch."""
 
 
+class Times(NamedTuple):
+    """What each of some steps took."""
+
+    seconds: list[float]
+    tokens: list[float]
+    """Padding included, of all ranks."""
+    split: int
+    """Into how many times as many micro-batches they were cut in the end."""
+
+
 class Steps(NamedTuple):
-    """What some steps took."""
+    """What some steps took together."""
 
     tokens: float
     """Their mean, padding included."""
@@ -46,17 +56,24 @@ def run_steps(trainer: Trainer, batch_size: int, compiled: bool) -> Steps:
         counts = first_settled(_few_steps(trainer, batch_size, MOST_STEPS))
     smaller = _few_steps(trainer, batch_size, len(counts))  # none is begun behind the last
     forget_peak(trainer.runtime.device)
+    times = time_steps(smaller, counts)
+    peak = peak_bytes(trainer.runtime.device)
+    mean, median = statistics.mean(times.tokens), statistics.median(times.seconds)
+    return Steps(mean, median, peak, times.split)
+
+
+def time_steps(trainer: Trainer, counts: list[bool]) -> Times:
+    """Take so many steps from the first one on; those that do not count settle the others."""
     trainer.model.train()
     progress, report = Progress(), None
     seconds, tokens = [], []
     for counted in counts:
         before, started = progress.recent.computed_tokens, time.perf_counter()
-        report = train_step(smaller, progress, Wants(), report)
+        report = train_step(trainer, progress, Wants(), report)
         if counted:
             seconds.append(time.perf_counter() - started)
             tokens.append(progress.recent.computed_tokens - before)
-    peak = peak_bytes(trainer.runtime.device)
-    return Steps(statistics.mean(tokens), statistics.median(seconds), peak, progress.split)
+    return Times(seconds, tokens, progress.split)
 
 
 def _few_steps(trainer: Trainer, batch_size: int, steps: int) -> Trainer:
@@ -79,7 +96,7 @@ def sizes_of(trainer: Trainer, steps: int) -> list[list[Size]]:
 
 
 def settled(sizes: list[list[Size]]) -> list[bool]:
-    """Tell which steps have sizes that were met before, as has the next one, which a GPU begins, too."""
+    """Tell which steps count: their sizes were met before, and those of the next, which a GPU begins."""
     met, found = Counter[Size](), []
     for now, following in pairwise([*sizes, []]):
         found.append(bool(following) and all(met[size] >= MET for size in (*now, *following)))

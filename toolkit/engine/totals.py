@@ -14,7 +14,23 @@ class Totals:
     computed_tokens: float = 0.0
     skipped: int = 0
     seconds: float = 0.0
-    """Time in the steps themselves; of one that was begun ahead, from the end of the one before."""
+    """Time in the steps themselves; of one that was begun ahead, from the end of the one before, or of
+    a checkpoint in between."""
+
+    @property
+    def reviews_per_s(self) -> float:
+        """Reviews that were trained on in a second."""
+        return self.rows / self.seconds
+
+    @property
+    def tokens_per_s(self) -> float:
+        """The same in tokens, without padding."""
+        return self.tokens / self.seconds
+
+    @property
+    def padding(self) -> float:
+        """Share of padding and filling among the tokens that were computed."""
+        return 1 - self.tokens / max(1.0, self.computed_tokens)
 
     def add(self, part: "Totals") -> None:
         """Add the sums over other steps."""

@@ -29,7 +29,7 @@ class LoopSpec:
 
 @dataclass(frozen=True)
 class Trainer:
-    """All that the loop works on; built once, never reassigned."""
+    """All that the loop works on; variants are made with `dataclasses.replace`."""
 
     runtime: Runtime
     model: nn.Module

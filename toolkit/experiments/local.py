@@ -22,6 +22,7 @@ from toolkit.console import say
 from toolkit.errors import ConfigError
 from toolkit.experiments.states import read_state
 from toolkit.experiments.sweep import Run
+from toolkit.machine import usable_cores
 from toolkit.stop import ECHO_SECONDS, is_ignored
 
 Thing = TypeVar("Thing")
@@ -65,7 +66,7 @@ class LocalRunner(Runner):
         super().__init__()
         self.runs = runs
         self.jobs = jobs
-        self._places = places(sorted(os.sched_getaffinity(0)), gpus(), jobs)
+        self._places = places(usable_cores(), gpus(), jobs)
         self._lock = threading.Lock()
 
     def run(self, retry_failed: bool) -> bool:
@@ -100,9 +101,10 @@ class LocalRunner(Runner):
     def _run_at(self, run: Run, place: "Place") -> None:
         started = time.monotonic()
         with self.under_way(run, **place.environment()) as process:
-            with suppress(ProcessLookupError):  # it may have failed at once
-                # a trainer takes all cores it may use
-                os.sched_setaffinity(process.pid, place.cores)
+            if hasattr(os, "sched_setaffinity"):  # macOS has none
+                with suppress(ProcessLookupError):  # it may have failed at once
+                    # a trainer takes all cores it may use
+                    os.sched_setaffinity(process.pid, place.cores)
             code = process.wait()
         self._report(run, code, time.monotonic() - started)
 

@@ -1,9 +1,10 @@
 """Self-attention within each sequence of a packed micro-batch; padded ones go through BERT's own.
 
 A GPU has kernels for that (`toolkit.model.kernels`), which need bf16; a CPU takes matrix products where
-all tokens ask (`toolkit.model.products`). Else one sequence follows the other through torch's attention.
+all tokens are queries (`toolkit.model.products`). Else one sequence follows the other through torch's
+attention.
 
-Shapes: S rows of L tokens each, or T packed tokens in S sequences, N of which ask; D features, P parts
+Shapes: S rows of L tokens each, or T packed tokens in S sequences, N queries; D features, P parts
 of a product, H heads, K units a head. `bounds` (S + 1,) int32 cuts the packed tokens into sequences.
 """
 
@@ -42,7 +43,7 @@ class PackedSelfAttention(BertSelfAttention):
             rest: for the stock layer.
             bounds: of packed tokens; None means padded.
             longest: tokens that no packed sequence exceeds.
-            first_1SD: the first token of each packed sequence, if these alone ask.
+            first_1SD: the first token of each packed sequence, if only these are queries.
             options: for the stock layer.
 
         Returns:
@@ -62,7 +63,7 @@ class PackedSelfAttention(BertSelfAttention):
     def _project(self, x_1TD: Tensor, *layers: nn.Linear) -> Tensor:
         """Apply layers as one product, which is faster than one each; return (T, P, H, K).
 
-        Their weights are read and they are not called: hooks on them would see padded batches only.
+        The layers' weights are read, the layers not called: hooks on them see padded batches only.
         """
         # cast first: half of the bytes to copy, and ZeRO-3 keeps the joint weight as it is handed over
         weight = torch.cat([layer.weight.to(x_1TD.dtype) for layer in layers])
@@ -77,8 +78,8 @@ def attend(
     """Attend within each packed sequence.
 
     Args:
-        first_SHK: the query of each sequence's first token, if these alone ask.
-        joint_TPHK: keys and values, and before them the queries of all tokens if these ask.
+        first_SHK: the query of each sequence's first token, if there are no others.
+        joint_TPHK: keys and values, and before them the queries of all tokens, if there are these.
         bounds: of the sequences.
         longest: tokens that no sequence exceeds.
         scaling: of the products of queries and keys.

@@ -53,6 +53,8 @@ class HeadClassifier(BertPreTrainedModel):
             config.head_width, config.head_depth, config.head_activation, config.head_dropout
         )
         self.head = build_head(config.head, config.hidden_size, len(config.id2label or {}), options)
+        # of all tokens; of those that the last layer hands on (packed: first ones); of first ones, for
+        # the head, which is not compiled
         self.token_keys, self.last_keys, self.sequence_keys = (DropoutKeys() for _ in range(3))
         next_layer = replace_dropout(self.bert, self.token_keys)
         share_keys(self.bert.encoder.layer[last], self.last_keys)
@@ -69,13 +71,13 @@ class HeadClassifier(BertPreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def compile_encoder(self, **options: Any) -> None:
-        """Let all but the head be compiled when it first runs; names of weights stay.
+    def compile_encoder(self, *, on_gpu: bool, **options: Any) -> None:
+        """Compile everything but the head, at its first call; names of weights do not change.
 
         Args:
+            on_gpu: capture it in CUDA graphs, too.
             options: of `torch.compile`.
         """
-        on_gpu = torch.cuda.is_available()
         defaults = {"mode": "reduce-overhead"} if on_gpu else {}
         model: Any = self
         compiled = torch.compile(model.encode, **defaults | options)
@@ -210,12 +212,13 @@ def build_classifier(
     silences transformers' own reports for good.
 
     Returns:
-        The model, and warnings about what the checkpoint lacks.
+        The model, and what a user should know: what the checkpoint lacks, and what is not used of it.
 
     Raises:
         DataError: when the checkpoint lacks weights of the encoder.
     """
-    config = _classifier_config(spec, encoder_folder, label_names)
+    base, _ = BertConfig.get_config_dict(encoder_folder)
+    config = _classifier_config(spec, base, label_names)
     transformers_logging.set_verbosity_error()  # its report of new weights is replaced by ours
     transformers_logging.disable_progress_bar()
     torch.manual_seed(spec.seed)
@@ -228,13 +231,15 @@ def build_classifier(
         output_loading_info=True,
     )
     model, info = loaded
-    return model, _missing_weights(info["missing_keys"], encoder_folder)
+    notes = _missing_weights(info["missing_keys"], encoder_folder)
+    if probability := base.get("attention_probs_dropout_prob", 0.1):  # BERT's own default
+        notes.append(f"Attention dropout ({probability} in the encoder) is off: packs have none.")
+    return model, notes
 
 
 def _classifier_config(
-    spec: ClassifierSpec, encoder_folder: Path, label_names: tuple[str, str]
+    spec: ClassifierSpec, base: dict[str, Any], label_names: tuple[str, str]
 ) -> HeadClassifierConfig:
-    base, _ = BertConfig.get_config_dict(encoder_folder)
     ours = {
         "model_type": HeadClassifierConfig.model_type,
         "architectures": [HeadClassifier.__name__],

@@ -11,7 +11,8 @@ they are needed, and again in the backward pass, from the logarithm of each quer
 
 Shapes: N queries and T keys of S sequences, H heads, K units a head. `joint` (T, P, H, K) holds what one
 product made of each token: keys and values (P = 2), and queries before them (P = 3; else `query` does).
-In kernels names of one letter are blocks, (rows, K), and d is for the gradient of what follows.
+In kernels names of one letter are blocks, (rows, K), and d is for the gradient of what follows; `lse`
+is the logarithm (to base 2) of a query's sum in softmax, `delta` its result times that one's gradient.
 """
 
 from functools import partial
@@ -30,7 +31,7 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit
 def _tile(first, end, head, STRIDE: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Return where a block of rows of one head is, and which of it exists: (BLOCK, K to a power of 2)."""
+    """Return offsets of a block of one head's rows, and which exist: (BLOCK, K to a power of 2)."""
     WIDTH: tl.constexpr = max(16, triton.next_power_of_2(UNITS))
     rows = first + tl.arange(0, BLOCK)
     units = tl.arange(0, WIDTH)
@@ -72,7 +73,7 @@ def _place(query_bounds, key_bounds, HEADS: tl.constexpr, BLOCKS: tl.constexpr):
 
 @triton.jit
 def attend_kernel(
-    query, key, value, out, sums, query_bounds, key_bounds, num_queries, scale,
+    query, key, value, out, lse, query_bounds, key_bounds, num_queries, scale,
     QUERY: tl.constexpr, JOINT: tl.constexpr, OUT: tl.constexpr, UNITS: tl.constexpr,
     HEADS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -82,7 +83,7 @@ def attend_kernel(
     if first >= end:
         return
     q = _load(query, first, end, head, QUERY, UNITS, BLOCK)
-    most = tl.full([BLOCK], float("-inf"), tl.float32)
+    row_max = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     o = tl.zeros([BLOCK, q.shape[1]], tl.float32)
     for at in range(begin_key, end_key, STEP):
@@ -90,21 +91,21 @@ def attend_kernel(
         v = _load(value, at, end_key, head, JOINT, UNITS, STEP)
         exists = (at + tl.arange(0, STEP) < end_key)[None, :]
         scores = tl.where(exists, _product(q, tl.trans(k)) * scale, float("-inf"))
-        new_most = tl.maximum(most, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_most[:, None])
-        shrink = tl.exp2(most - new_most)
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_max[:, None])
+        shrink = tl.exp2(row_max - new_max)
         total = total * shrink + tl.sum(weights, 1)
         o = _product(weights.to(v.dtype), v, o * shrink[:, None])
-        most = new_most
+        row_max = new_max
     total = tl.where(total == 0, 1.0, total)  # of a query without keys
     rows = first + tl.arange(0, BLOCK)
-    tl.store(sums + head * num_queries + rows, most + tl.log2(total), rows < end)
+    tl.store(lse + head * num_queries + rows, row_max + tl.log2(total), rows < end)
     _store(out, o / total[:, None], first, end, head, OUT, UNITS, BLOCK)
 
 
 @triton.jit
 def gradients_kernel(
-    query, key, value, out, sums, dout, dquery, dkey, dvalue, query_bounds, key_bounds,
+    query, key, value, out, lse, dout, dquery, dkey, dvalue, query_bounds, key_bounds,
     num_queries, scale, scaling,
     QUERY: tl.constexpr, JOINT: tl.constexpr, OUT: tl.constexpr, UNITS: tl.constexpr,
     HEADS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
@@ -117,16 +118,16 @@ def gradients_kernel(
         q = _load(query, first, end, head, QUERY, UNITS, BLOCK)
         o = _load(out, first, end, head, OUT, UNITS, BLOCK)
         do = _load(dout, first, end, head, OUT, UNITS, BLOCK)
-        inner = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-        row_sums = tl.load(sums + head * num_queries + rows, rows < end, 0.0)
+        delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+        row_lse = tl.load(lse + head * num_queries + rows, rows < end, 0.0)
         dq = tl.zeros([BLOCK, q.shape[1]], tl.float32)
         for at in range(begin_key, end_key, STEP):
             k = _load(key, at, end_key, head, JOINT, UNITS, STEP)
             v = _load(value, at, end_key, head, JOINT, UNITS, STEP)
             exists = (at + tl.arange(0, STEP) < end_key)[None, :]
             scores = tl.where(exists, _product(q, tl.trans(k)) * scale, float("-inf"))
-            weights = tl.exp2(scores - row_sums[:, None])
-            dscores = weights * (_product(do, tl.trans(v)) - inner[:, None])
+            weights = tl.exp2(scores - row_lse[:, None])
+            dscores = weights * (_product(do, tl.trans(v)) - delta[:, None])
             dq = _product(dscores.to(k.dtype), k, dq)
         _store(dquery, dq * scaling, first, end, head, QUERY, UNITS, BLOCK)
 
@@ -142,11 +143,11 @@ def gradients_kernel(
             q = _load(query, at, end, head, QUERY, UNITS, STEP)
             o = _load(out, at, end, head, OUT, UNITS, STEP)
             do = _load(dout, at, end, head, OUT, UNITS, STEP)
-            inner = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-            row_sums = tl.load(sums + head * num_queries + rows, rows < end, 0.0)
-            weights = tl.exp2(_product(k, tl.trans(q)) * scale - row_sums[None, :])
+            delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+            row_lse = tl.load(lse + head * num_queries + rows, rows < end, 0.0)
+            weights = tl.exp2(_product(k, tl.trans(q)) * scale - row_lse[None, :])
             dv = _product(weights.to(do.dtype), do, dv)
-            dscores = weights * (_product(v, tl.trans(do)) - inner[None, :])
+            dscores = weights * (_product(v, tl.trans(do)) - delta[None, :])
             dk = _product(dscores.to(q.dtype), q, dk)
         _store(dkey, dk * scaling, first, end_key, head, JOINT, UNITS, BLOCK)
         _store(dvalue, dv, first, end_key, head, JOINT, UNITS, BLOCK)
@@ -174,15 +175,13 @@ def attend(
         scaling: of the products of queries and keys.
 
     Returns:
-        (N, H, K), zeros for queries without keys; and (H, N), the logarithms of softmax's sums.
+        (N, H, K), zeros for queries without keys; and (H, N), logarithms of softmax's sums.
     """
-    out, sums = _empty(query, joint)
+    out, lse = _empty(query, joint)
     inputs = query, joint, query_bounds, key_bounds
     rows, scale = len(out), scaling * LOG2_E
-    _launch(
-        attend_kernel, longest_query, *inputs, out=out, sums=sums, num_queries=rows, scale=scale
-    )
-    return out, sums
+    _launch(attend_kernel, longest_query, *inputs, out=out, lse=lse, num_queries=rows, scale=scale)
+    return out, lse
 
 
 @attend.register_fake
@@ -199,7 +198,7 @@ def _attend_backward(
     query_bounds: Tensor,
     key_bounds: Tensor,
     out: Tensor,
-    sums: Tensor,
+    lse: Tensor,
     gradient: Tensor,
     longest_query: int,
     longest_key: int,
@@ -214,7 +213,7 @@ def _attend_backward(
         max(longest_query, longest_key),
         *inputs,
         out=out.contiguous(),
-        sums=sums.contiguous(),
+        lse=lse.contiguous(),
         dout=gradient.contiguous(),
         dquery=dquery,
         dkey=dkey,

@@ -73,7 +73,7 @@ class CompactLayerNorm(nn.LayerNorm):
 
 
 def compact_norms(module: nn.Module) -> None:
-    """Put `CompactLayerNorm` in the place of every LayerNorm, which has no weights yet."""
+    """Put `CompactLayerNorm` in the place of every LayerNorm, before pretrained weights are loaded."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.LayerNorm:

@@ -1,7 +1,7 @@
 """Attention and its gradient as matrix products, of all heads of a few packed sequences at a time.
 
-On a CPU torch's own takes half as long again and more, forward and backward (torch 2.13,
-tests/bench/NOTES.md). Weights are kept for the backward pass, a number for each head and two tokens of a
+On a CPU torch's own takes at least 1.5 times as long, forward and backward (torch 2.13,
+tests/bench/NOTES.md). Weights are kept for the backward pass, one for each head and pair of tokens of a
 review; torch's keeps fp32 copies of its inputs and works weights out again. Without a backward pass, on a
 CPU with tiles for bf16, torch's is faster on the same groups. All is in the inputs' precision; within
 products and softmax, sums are in fp32.
@@ -139,10 +139,9 @@ def without_weights(joint_T3HK: Tensor, bounds: Tensor, scaling: float) -> Tenso
     attended_T1HK = torch.empty_like(joint_T3HK[:, :1])
     for group in groups_of(bounds, joint_T3HK):
         query, key, value = group.gather(joint_T3HK).unflatten(1, (len(group.sequences), -1))
-        mask_N1W = joint_T3HK.new_zeros(len(group.sequences), 1, group.width)
-        group.hide_filling(mask_N1W)
+        exists_NW = torch.arange(group.width) < torch.tensor(group.lengths).unsqueeze(1)
         attended_NHWK = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask_N1W.unsqueeze(1), scale=scaling
+            query, key, value, attn_mask=exists_NW[:, None, None], scale=scaling
         )
         group.scatter(attended_NHWK.flatten(0, 1).unsqueeze(0), attended_T1HK)
     return attended_T1HK.squeeze(1)

@@ -1,5 +1,6 @@
 """What others load: the model folder with tokenizer and card, and the scores of the test set."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 from toolkit.assets import TOKENIZER_FILES
 from toolkit.files import publish_file
 
+TOKENIZER_SETTINGS = "tokenizer_config.json"
 CARD = """\
 # {run_id}
 
@@ -18,17 +20,32 @@ BERT classifier with head **{head}**, trained on `{dataset}` from the encoder `{
 |---|---:|---|
 {rows}
 
+Probabilities of `{positive}`, as fast as a run scores its test set (in bf16, or `precision="fp32"`):
+
 ```python
+from toolkit.predict import Classifier
+
+classifier = Classifier("{folder}")
+classifier.scores(["Great sound.", "Broke after a day."])
+```
+
+As any model of transformers:
+
+```python
+import torch
 from toolkit.model.classifier import HeadClassifier
 from transformers import BertTokenizer
 
 folder = "{folder}"
 tokenizer = BertTokenizer.from_pretrained(folder)
 model = HeadClassifier.from_pretrained(folder).eval()
-logits = model(**tokenizer(["Great sound."], return_tensors="pt")).logits
+texts = ["Great sound.", "Broke after a day."]
+with torch.inference_mode():
+    logits = model(**tokenizer(texts, padding=True, truncation=True, return_tensors="pt")).logits
 ```
 
-Labels: {labels}. The settings of the run are in its `config.yaml`.
+Labels: {labels}. Texts are cut to {max_length} tokens, as in training. The settings of the run are in
+its `config.yaml`.
 """
 
 
@@ -53,6 +70,7 @@ def save_model(
     for name in TOKENIZER_FILES:
         if (encoder_folder / name).exists():
             shutil.copyfile(encoder_folder / name, folder / name)
+    _cut_where_training_did(folder / TOKENIZER_SETTINGS, card["max_length"])
     results = [
         EvalResult(
             task_type="text-classification",
@@ -72,6 +90,18 @@ def save_model(
     )
     text = f"---\n{data.to_yaml()}\n---\n\n" + CARD.format(rows=rows, **card)
     ModelCard(text).save(folder / "README.md")
+
+
+def _cut_where_training_did(settings: Path, max_length: int) -> None:
+    """Let `truncation=True` of the tokenizer mean the length of training, not the encoder's longest."""
+    known = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
+    settings.write_text(json.dumps(known | {"model_max_length": max_length}, indent=2))
+
+
+def trained_length(folder: Path) -> int:
+    """Return the tokens that a model folder's training cut texts to."""
+    settings = json.loads((folder / TOKENIZER_SETTINGS).read_text(encoding="utf-8"))
+    return int(settings["model_max_length"])
 
 
 def _card_row(name: str, estimate: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import toolkit
+from toolkit.machine import usable_cores
 
 PACKAGES = (
     "torch", "transformers", "accelerate", "datasets", "tokenizers", "deepspeed", "wandb",
@@ -26,7 +27,7 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": len(usable_cores()),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "host": platform.node(),
