@@ -159,11 +159,17 @@ def test_what_is_not_a_list_of_texts_is_refused(
     assert classifier.labels == ("negative", "positive")
     assert classifier.scores([]).shape == (0,)
     assert classifier.scores([""]).shape == (1,)
+    assert classifier.scores(text for text in ["Great sound."]).shape == (1,)
+    (folder / "best" / "tokenizer_config.json").unlink()
+    classifier = Classifier(folder / "best")
+    assert classifier.config.max_length == 64, "what the encoder takes"
     for texts in ("Great sound.", ["Great sound.", None]):
         with pytest.raises(TypeError, match="allowed is a list of texts"):
             classifier.scores(texts)
     with pytest.raises(DataError, match=r"holds no model; a run leaves one in runs/<run_id>/best"):
         Classifier(tmp_path)
+    with pytest.raises(ValueError, match="precision got 'fp16', allowed are bf16 and fp32"):
+        Classifier(folder / "best", "fp16")
 
 
 def test_the_written_config_reproduces_the_run(

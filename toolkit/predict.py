@@ -4,7 +4,7 @@ from toolkit.predict import Classifier
 Classifier("runs/v2-a7b2194d5d/best").scores(["Great sound.", "Broke after a day."])
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -34,41 +34,46 @@ class Classifier:
             precision: what to compute in; the run's `config.yaml` says what that did.
 
         Raises:
+            ValueError: when there is no such precision.
             DataError: when there is no such model.
         """
+        if precision not in ("bf16", "fp32"):
+            raise ValueError(f"precision got {precision!r}, allowed are bf16 and fp32")
         folder = Path(folder).expanduser()
         if not (folder / "model.safetensors").exists():
             raise DataError([f"{folder} holds no model; a run leaves one in runs/<run_id>/best"])
         self.tokenizer = load_tokenizer(folder)
-        self.config = replace(RunConfig(), precision=precision, max_length=trained_length(folder))
         self.runtime = Runtime(precision)
         model = HeadClassifier.from_pretrained(folder, use_safetensors=True)
+        longest = trained_length(folder, model.config.max_position_embeddings)
+        self.config = replace(RunConfig(), precision=precision, max_length=longest)
         self.labels = tuple((model.config.id2label or {}).values())
         """Negative, positive."""
         self.model = self.runtime.prepare_to_score(model)
 
-    def scores(self, texts: Sequence[str]) -> np.ndarray:
+    def scores(self, texts: Iterable[str]) -> np.ndarray:
         """Return (N,) float32: the probability of the second label for each text.
 
         Longer texts are cut as in training.
 
         Raises:
-            TypeError: when that is not a sequence of texts.
+            TypeError: when there is something else among the texts, or one that is not in a list.
         """
-        wrong = [text for text in texts if not isinstance(text, str)]
-        if isinstance(texts, str) or wrong:
-            got = "one text" if isinstance(texts, str) else f"{wrong[0]!r} among them"
-            raise TypeError(f"scores got {got}, allowed is a list of texts")
+        if isinstance(texts, str):
+            raise TypeError("scores got one text, allowed is a list of texts: scores([text])")
+        known = list(texts)
+        if wrong := [text for text in known if not isinstance(text, str)]:
+            raise TypeError(f"scores got {wrong[0]!r} among them, allowed is a list of texts")
         found = evaluate(
             self.runtime,
             self.model,
-            self._tokenise(texts),
+            self._tokenise(known),
             max_tokens=evaluation_tokens(self.config, self.runtime),
             padded=is_padded(self.config, self.runtime),
         )
         return found.scores
 
-    def _tokenise(self, texts: Sequence[str]) -> TokenSplit:
+    def _tokenise(self, texts: list[str]) -> TokenSplit:
         """Return tokens, with labels that mean nothing."""
         parts = [(np.zeros(0, np.uint16), np.zeros(0, np.int64))]
         for start in range(0, len(texts), CHUNK_ROWS):

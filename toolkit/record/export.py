@@ -94,14 +94,17 @@ def save_model(
 
 def _cut_where_training_did(settings: Path, max_length: int) -> None:
     """Let `truncation=True` of the tokenizer mean the length of training, not the encoder's longest."""
-    known = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
-    settings.write_text(json.dumps(known | {"model_max_length": max_length}, indent=2))
+    text = json.dumps(_read(settings) | {"model_max_length": max_length}, indent=2)
+    settings.write_text(text, encoding="utf-8")
 
 
-def trained_length(folder: Path) -> int:
-    """Return the tokens that a model folder's training cut texts to."""
-    settings = json.loads((folder / TOKENIZER_SETTINGS).read_text(encoding="utf-8"))
-    return int(settings["model_max_length"])
+def trained_length(folder: Path, most: int) -> int:
+    """Return the tokens that a model folder's training cut texts to, at most what the encoder takes."""
+    return min(most, int(_read(folder / TOKENIZER_SETTINGS).get("model_max_length", most)))
+
+
+def _read(settings: Path) -> dict[str, Any]:
+    return json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
 
 
 def _card_row(name: str, estimate: dict[str, Any]) -> str:
