@@ -150,6 +150,14 @@ def test_the_first_process_prepares_and_the_others_wait(
     assert [path for path in tmp_path.iterdir() if path != before.done] == []
 
 
+def test_a_launcher_may_be_invisible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's first process has the parent 0."""
+    monkeypatch.setattr(launcher.os, "getppid", lambda: 0)
+    for processes in ("1", "2"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert "-None-" in Turn().done.name
+
+
 def install(venv: Path, *extra: str) -> "subprocess.CompletedProcess[str]":
     """Run install.sh with a Python of which `index` says whether pip finds a package index."""
     python = venv / "bin" / "python"

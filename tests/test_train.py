@@ -126,7 +126,7 @@ def test_the_best_model_loads_like_any_other_and_gave_the_predictions(
     scores = model(**inputs).logits.softmax(-1)[:, 1].tolist()
     table = pyarrow.parquet.read_table(folder / "predictions.parquet").to_pydict()
     assert table["score"][:-1] == pytest.approx(scores[:-1], abs=1e-5)
-    classifier = Classifier(folder / "best", precision="fp32")
+    classifier = Classifier(folder / "best")
     assert classifier.scores(texts).tolist() == pytest.approx(scores, abs=1e-5)
     texts[-1] = texts[-1][: len(texts[-1]) // 20]
     assert classifier.scores(texts).tolist() == table["score"], "bit for bit"
@@ -147,29 +147,51 @@ def run_the_card(folder: Path, classifier: Classifier) -> None:
     found: dict[str, Any] = {}
     exec(plain, found)
     exec(scored.replace("classifier.scores", "scores = classifier.scores"), found)
-    assert found["scores"] == pytest.approx(found["logits"].softmax(-1)[:, 1], abs=0.02), "bf16"
-    assert found["scores"] == pytest.approx(classifier.scores(found["texts"]), abs=0.02)
+    assert found["scores"] == pytest.approx(found["logits"].softmax(-1)[:, 1], abs=1e-5)
+    assert found["scores"].tolist() == classifier.scores(found["texts"]).tolist()
 
 
-def test_what_is_not_a_list_of_texts_is_refused(
-    finished: tuple[list[str], Path], tmp_path: Path
+def test_a_classifier_refuses_what_it_cannot_score(
+    finished: tuple[list[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, folder = finished
-    classifier = Classifier(folder / "best")
+    best = folder / "best"
+    classifier = Classifier(best)
     assert classifier.labels == ("negative", "positive")
+    assert (classifier.config.precision, classifier.config.max_length) == ("bf16", 32)
     assert classifier.scores([]).shape == (0,)
     assert classifier.scores([""]).shape == (1,)
-    assert classifier.scores(text for text in ["Great sound."]).shape == (1,)
-    (folder / "best" / "tokenizer_config.json").unlink()
-    classifier = Classifier(folder / "best")
-    assert classifier.config.max_length == 64, "what the encoder takes"
-    for texts in ("Great sound.", ["Great sound.", None]):
-        with pytest.raises(TypeError, match="allowed is a list of texts"):
+    texts = [f"great sound {'good ' * number}" for number in range(5)]
+    scores = classifier.scores(text for text in texts).tolist()
+    for limits in ((2, 10**6), (10**6, 5)):
+        for name, limit in zip(("CHUNK_ROWS", "CHUNK_CHARS"), limits, strict=True):
+            monkeypatch.setattr(f"toolkit.predict.{name}", limit)
+        assert classifier.scores(texts).tolist() == scores
+    for texts, error, message in (
+        (
+            "Great sound.",
+            TypeError,
+            r"got one text, allowed is a list of texts: scores\(\[text\]\)",
+        ),
+        (["Great sound.", None], TypeError, r"texts\[1\] is None, allowed is a list of texts"),
+        (["\ud800"], ValueError, r"texts\[0\] was read in another encoding"),
+    ):
+        with pytest.raises(error, match=message):
             classifier.scores(texts)
     with pytest.raises(DataError, match=r"holds no model; a run leaves one in runs/<run_id>/best"):
         Classifier(tmp_path)
-    with pytest.raises(ValueError, match="precision got 'fp16', allowed are bf16 and fp32"):
-        Classifier(folder / "best", "fp16")
+    for wrong in ({"precision": "fp16"}, {"max_length": 65}):
+        with pytest.raises(ValueError, match="allowed are bf16 and fp32, and 2 to 64 tokens"):
+            Classifier(best, **wrong)
+    settings = read(best / "config.json")
+    before = {name: value for name, value in settings.items() if not name.startswith("trained_")}
+    (best / "config.json").write_text(json.dumps(before))
+    with pytest.raises(DataError, match=r"does not say its max_length: Classifier\(folder, max_le"):
+        Classifier(best, precision="fp32")
+    assert Classifier(best, precision="fp32", max_length=16).config.max_length == 16
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="a launcher has started several"):
+        Classifier(best)
 
 
 def test_the_written_config_reproduces_the_run(

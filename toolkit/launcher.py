@@ -40,7 +40,7 @@ class Turn:
         self.processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         launch = (
             os.getppid(),
-            psutil.Process(os.getppid()).create_time(),  # another launcher may have had its number
+            _began(os.getppid()) if self.processes > 1 else None,
             os.environ.get("MASTER_PORT"),
             os.environ.get("TORCHELASTIC_RESTART_COUNT"),
         )
@@ -64,6 +64,14 @@ class Turn:
         """Leave nothing behind, once all processes have had their turn."""
         if self.is_first:
             self.done.unlink(missing_ok=True)
+
+
+def _began(pid: int) -> float | None:
+    """Return when a process began, which tells it from an earlier one with its number; None if hidden."""
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.Error:  # a container's first process has no parent; others may be hidden
+        return None
 
 
 class Said(NamedTuple):

@@ -4,49 +4,61 @@ from toolkit.predict import Classifier
 Classifier("runs/v2-a7b2194d5d/best").scores(["Great sound.", "Broke after a day."])
 """
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from toolkit.build import evaluation_tokens, is_padded
 from toolkit.config import RunConfig
 from toolkit.data.cache import TokenSplit
-from toolkit.data.prepare import CHUNK_ROWS, MAX_CHARS
+from toolkit.data.prepare import CHUNK_CHARS, CHUNK_ROWS, MAX_CHARS
 from toolkit.data.tokenise import encode, load_tokenizer, truncate
 from toolkit.engine.evaluate import evaluate
 from toolkit.engine.runtime import Runtime
 from toolkit.errors import DataError
 from toolkit.model.classifier import HeadClassifier
-from toolkit.record.export import trained_length
 
 
 class Classifier:
     """A trained model on this process's device."""
 
-    def __init__(self, folder: str | Path, precision: Literal["bf16", "fp32"] = "bf16") -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        precision: Literal["bf16", "fp32"] | None = None,
+        max_length: int | None = None,
+        cpu_threads: int | None = None,
+    ) -> None:
         """Load it.
 
         Args:
             folder: `best` of a run folder.
-            precision: what to compute in; the run's `config.yaml` says what that did.
+            precision: what to compute in; None means what training did.
+            max_length: tokens that texts are cut to; None means where training cut them.
+            cpu_threads: of this process; None means one for each core.
 
         Raises:
+            DataError: when there is no such model, or it does not say how it was trained.
             ValueError: when there is no such precision.
-            DataError: when there is no such model.
+            RuntimeError: in one of several ranks.
         """
-        if precision not in ("bf16", "fp32"):
-            raise ValueError(f"precision got {precision!r}, allowed are bf16 and fp32")
         folder = Path(folder).expanduser()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise RuntimeError(
+                "a Classifier works in one process, and a launcher has started several: start them "
+                "without it, each with its own texts"
+            )
         if not (folder / "model.safetensors").exists():
             raise DataError([f"{folder} holds no model; a run leaves one in runs/<run_id>/best"])
-        self.tokenizer = load_tokenizer(folder)
-        self.runtime = Runtime(precision)
         model = HeadClassifier.from_pretrained(folder, use_safetensors=True)
-        longest = trained_length(folder, model.config.max_position_embeddings)
-        self.config = replace(RunConfig(), precision=precision, max_length=longest)
+        self.config = replace(RunConfig(), **_as_trained(folder, model, precision, max_length))
+        self.tokenizer = load_tokenizer(folder)
+        self.runtime = Runtime(self.config.precision, cpu_threads)
         self.labels = tuple((model.config.id2label or {}).values())
         """Negative, positive."""
         self.model = self.runtime.prepare_to_score(model)
@@ -54,20 +66,16 @@ class Classifier:
     def scores(self, texts: Iterable[str]) -> np.ndarray:
         """Return (N,) float32: the probability of the second label for each text.
 
-        Longer texts are cut as in training.
-
         Raises:
             TypeError: when there is something else among the texts, or one that is not in a list.
+            ValueError: when a text has characters that are none (lone surrogates).
         """
         if isinstance(texts, str):
             raise TypeError("scores got one text, allowed is a list of texts: scores([text])")
-        known = list(texts)
-        if wrong := [text for text in known if not isinstance(text, str)]:
-            raise TypeError(f"scores got {wrong[0]!r} among them, allowed is a list of texts")
         found = evaluate(
             self.runtime,
             self.model,
-            self._tokenise(known),
+            self._tokenise(list(texts)),
             max_tokens=evaluation_tokens(self.config, self.runtime),
             padded=is_padded(self.config, self.runtime),
         )
@@ -75,10 +83,53 @@ class Classifier:
 
     def _tokenise(self, texts: list[str]) -> TokenSplit:
         """Return tokens, with labels that mean nothing."""
+        _refuse_what_is_no_text(texts)
         parts = [(np.zeros(0, np.uint16), np.zeros(0, np.int64))]
-        for start in range(0, len(texts), CHUNK_ROWS):
-            chunk = [text[:MAX_CHARS] for text in texts[start : start + CHUNK_ROWS]]
+        for chunk in _chunks(texts):
             parts.append(truncate(*encode(self.tokenizer, chunk), self.config.max_length))
         tokens, lengths = map(np.concatenate, zip(*parts, strict=True))
         offsets = np.append(0, np.cumsum(lengths))
         return TokenSplit(tokens, offsets, np.zeros(len(texts), np.uint8), np.arange(len(texts)))
+
+
+def _as_trained(
+    folder: Path, model: HeadClassifier, precision: str | None, max_length: int | None
+) -> dict[str, Any]:
+    """Return the settings; what is not given has to be in the model folder."""
+    found: dict[str, Any] = {
+        "precision": precision or model.config.trained_precision,
+        "max_length": max_length or model.config.trained_length,
+    }
+    if missing := [name for name, value in found.items() if value is None]:
+        given = ", ".join(f"{name}=..." for name in missing)
+        raise DataError(
+            [f"{folder} does not say its {' and '.join(missing)}: Classifier(folder, {given})"]
+        )
+    longest = model.config.max_position_embeddings
+    if found["precision"] not in ("bf16", "fp32") or not 2 <= found["max_length"] <= longest:
+        raise ValueError(f"got {found}, allowed are bf16 and fp32, and 2 to {longest} tokens")
+    return found
+
+
+def _refuse_what_is_no_text(texts: list[str]) -> None:
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"texts[{number}] is {text!r}, allowed is a list of texts")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"texts[{number}] was read in another encoding: {error}") from error
+
+
+def _chunks(texts: list[str]) -> Iterator[list[str]]:
+    """Yield texts of bounded size together, as they are prepared for training."""
+    chunk: list[str] = []
+    chars = 0
+    for text in texts:
+        chunk.append(text[:MAX_CHARS])
+        chars += len(chunk[-1])
+        if len(chunk) >= CHUNK_ROWS or chars >= CHUNK_CHARS:
+            yield chunk
+            chunk, chars = [], 0
+    if chunk:
+        yield chunk

@@ -356,6 +356,7 @@ class Run:
             "labels": ", ".join(self.tokens.label_names),
             "positive": self.tokens.label_names[1],
             "max_length": self.config.max_length,
+            "precision": self.config.precision,
             "step": record["step"],
             "folder": (self.folder.path / "best").absolute(),
         }

@@ -34,6 +34,10 @@ class HeadClassifierConfig(BertConfig):
     head_depth: int = HeadOptions.depth
     head_activation: str = "gelu"
     head_dropout: float = 0.1
+    trained_length: int | None = None
+    """Tokens that texts were cut to in training."""
+    trained_precision: str | None = None
+    """bf16 or fp32: what the computation was in; weights are fp32."""
 
 
 class HeadClassifier(BertPreTrainedModel):

@@ -20,7 +20,7 @@ BERT classifier with head **{head}**, trained on `{dataset}` from the encoder `{
 |---|---:|---|
 {rows}
 
-Probabilities of `{positive}`, as fast as a run scores its test set (in bf16, or `precision="fp32"`):
+Probabilities of `{positive}`, as fast as a run scores its test set, and in its precision ({precision}):
 
 ```python
 from toolkit.predict import Classifier
@@ -44,8 +44,8 @@ with torch.inference_mode():
     logits = model(**tokenizer(texts, padding=True, truncation=True, return_tensors="pt")).logits
 ```
 
-Labels: {labels}. Texts are cut to {max_length} tokens, as in training. The settings of the run are in
-its `config.yaml`.
+Labels: {labels}. Texts are cut to {max_length} tokens, as in training; several text columns are joined by
+newlines. The settings of the run are in its `config.yaml`.
 """
 
 
@@ -64,6 +64,8 @@ def save_model(
     # not `save_pretrained` (transformers 5.23): it imports DeepSpeed wherever that is installed, 0.3 s,
     # and under ZeRO-3 it turns LayerNorm's names into those of TensorFlow's BERT
     model.config.architectures, model.config.dtype = [type(model).__name__], "float32"
+    model.config.trained_length = card["max_length"]
+    model.config.trained_precision = card["precision"]
     model.config.save_pretrained(folder)
     whole = {name: weight.contiguous() for name, weight in weights.items()}
     save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
@@ -94,17 +96,9 @@ def save_model(
 
 def _cut_where_training_did(settings: Path, max_length: int) -> None:
     """Let `truncation=True` of the tokenizer mean the length of training, not the encoder's longest."""
-    text = json.dumps(_read(settings) | {"model_max_length": max_length}, indent=2)
+    known = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
+    text = json.dumps(known | {"model_max_length": max_length}, indent=2)
     settings.write_text(text, encoding="utf-8")
-
-
-def trained_length(folder: Path, most: int) -> int:
-    """Return the tokens that a model folder's training cut texts to, at most what the encoder takes."""
-    return min(most, int(_read(folder / TOKENIZER_SETTINGS).get("model_max_length", most)))
-
-
-def _read(settings: Path) -> dict[str, Any]:
-    return json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
 
 
 def _card_row(name: str, estimate: dict[str, Any]) -> str:
