@@ -165,7 +165,7 @@ def test_a_classifier_refuses_what_it_cannot_score(
     scores = classifier.scores(text for text in texts).tolist()
     for limits in ((2, 10**6), (10**6, 5)):
         for name, limit in zip(("CHUNK_ROWS", "CHUNK_CHARS"), limits, strict=True):
-            monkeypatch.setattr(f"toolkit.predict.{name}", limit)
+            monkeypatch.setattr(f"toolkit.data.tokenise.{name}", limit)
         assert classifier.scores(texts).tolist() == scores
     for texts, error, message in (
         (

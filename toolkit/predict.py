@@ -5,7 +5,7 @@ Classifier("runs/v2-a7b2194d5d/best").scores(["Great sound.", "Broke after a day
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +14,7 @@ import numpy as np
 
 from toolkit.build import evaluation_tokens, is_padded
 from toolkit.config import RunConfig
-from toolkit.data.cache import TokenSplit
-from toolkit.data.prepare import CHUNK_CHARS, CHUNK_ROWS, MAX_CHARS
-from toolkit.data.tokenise import encode, load_tokenizer, truncate
+from toolkit.data.tokenise import load_tokenizer, tokenise
 from toolkit.engine.evaluate import evaluate
 from toolkit.engine.runtime import Runtime
 from toolkit.errors import DataError
@@ -72,24 +70,16 @@ class Classifier:
         """
         if isinstance(texts, str):
             raise TypeError("scores got one text, allowed is a list of texts: scores([text])")
+        known = list(texts)
+        _refuse_what_is_no_text(known)
         found = evaluate(
             self.runtime,
             self.model,
-            self._tokenise(list(texts)),
+            tokenise(self.tokenizer, known, self.config.max_length),
             max_tokens=evaluation_tokens(self.config, self.runtime),
             padded=is_padded(self.config, self.runtime),
         )
         return found.scores
-
-    def _tokenise(self, texts: list[str]) -> TokenSplit:
-        """Return tokens, with labels that mean nothing."""
-        _refuse_what_is_no_text(texts)
-        parts = [(np.zeros(0, np.uint16), np.zeros(0, np.int64))]
-        for chunk in _chunks(texts):
-            parts.append(truncate(*encode(self.tokenizer, chunk), self.config.max_length))
-        tokens, lengths = map(np.concatenate, zip(*parts, strict=True))
-        offsets = np.append(0, np.cumsum(lengths))
-        return TokenSplit(tokens, offsets, np.zeros(len(texts), np.uint8), np.arange(len(texts)))
 
 
 def _as_trained(
@@ -119,17 +109,3 @@ def _refuse_what_is_no_text(texts: list[str]) -> None:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"texts[{number}] was read in another encoding: {error}") from error
-
-
-def _chunks(texts: list[str]) -> Iterator[list[str]]:
-    """Yield texts of bounded size together, as they are prepared for training."""
-    chunk: list[str] = []
-    chars = 0
-    for text in texts:
-        chunk.append(text[:MAX_CHARS])
-        chars += len(chunk[-1])
-        if len(chunk) >= CHUNK_ROWS or chars >= CHUNK_CHARS:
-            yield chunk
-            chunk, chars = [], 0
-    if chunk:
-        yield chunk

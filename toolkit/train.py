@@ -102,7 +102,7 @@ def start(config: RunConfig, turn: Turn, stop: Stop) -> int:
         with uncollected():
             from toolkit.run import run  # imports torch
 
-        stack.callback(turn.forget)
+        stack.callback(turn.forget)  # after a run all have met, and so had their turn
         return run(config, tokens, encoder, folder, origin, point, stop)
 
 

@@ -16,15 +16,10 @@ from toolkit.data.cache import FORMAT_VERSION, SPLITS, TokenCache, open_cache
 from toolkit.data.rows import Source, SourceSpec
 from toolkit.data.selection import Selection, select, texts_in_train
 from toolkit.data.sources import DATASETS
-from toolkit.data.tokenise import Chunk, TokenWriter, encode, load_tokenizer
+from toolkit.data.tokenise import MAX_CHARS, Chosen, TokenWriter, encode, in_chunks, load_tokenizer
 from toolkit.data.validate import CheckedSplit, check
 from toolkit.errors import DataError
 from toolkit.files import lock, publish_folder, write_json
-
-MAX_CHARS = 100_000
-"""Longer texts are cut here before they are tokenised, to bound memory; `meta.json` counts them."""
-CHUNK_ROWS, CHUNK_CHARS = 2048, 2_000_000
-"""Texts that are tokenised together; the tokenizer's own objects take some 80 bytes a token."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +129,8 @@ def _tokenise_split(
         ThreadPoolExecutor(1) as tokeniser,  # the tokenizer runs its own threads, without the GIL
     ):
         before = None
-        for chunk in _chunks(split, targets, writer, quarantine):
-            encoded = tokeniser.submit(encode, writer.tokenizer, chunk.texts)
+        for chunk in in_chunks(_chosen(split, targets, writer, quarantine)):
+            encoded = tokeniser.submit(encode, writer.tokenizer, [row.text for row in chunk])
             if before:
                 writer.write(before[0], before[1].result(), split.labels)
             before = (chunk, encoded)
@@ -143,11 +138,10 @@ def _tokenise_split(
             writer.write(before[0], before[1].result(), split.labels)
 
 
-def _chunks(
+def _chosen(
     split: CheckedSplit, targets: np.ndarray, writer: TokenWriter, quarantine: TextIO
-) -> Iterator[Chunk]:
-    """Gather the chosen rows into chunks of bounded size; write the unusable ones aside."""
-    chunk, chars = Chunk([], [], []), 0
+) -> Iterator[Chosen]:
+    """Yield the chosen rows; write the unusable ones aside."""
     # a file that has grown since it was checked is refused once all is read
     for row_id, (usable, row) in enumerate(zip(split.usable, split.split.read(), strict=False)):
         if not usable:
@@ -161,12 +155,4 @@ def _chunks(
             )
         elif targets[row_id] >= 0:
             writer.clipped += len(row.text) > MAX_CHARS
-            chunk.texts.append(row.text[:MAX_CHARS])
-            chunk.row_ids.append(row_id)
-            chunk.targets.append(targets[row_id])
-            chars += min(len(row.text), MAX_CHARS)
-            if len(chunk.texts) >= CHUNK_ROWS or chars >= CHUNK_CHARS:
-                yield chunk
-                chunk, chars = Chunk([], [], []), 0
-    if chunk.texts:
-        yield chunk
+            yield Chosen(row.text[:MAX_CHARS], row_id, targets[row_id])

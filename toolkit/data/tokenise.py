@@ -1,16 +1,20 @@
 """Texts -> token ids, truncated and written to the token cache's splits."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from toolkit.data.cache import SPLITS, SplitWriter
+from toolkit.data.cache import SPLITS, SplitWriter, TokenSplit
 from toolkit.errors import DataError
 
+MAX_CHARS = 100_000
+"""Longer texts are cut here before they are tokenised, to bound memory; `meta.json` counts them."""
+CHUNK_ROWS, CHUNK_CHARS = 2048, 2_000_000
+"""Texts that are tokenised together; the tokenizer's own objects take some 80 bytes a token."""
 HISTOGRAM_EDGES = (0, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024)
 
 
@@ -67,13 +71,38 @@ def truncate(
     return tokens[place < np.repeat(kept, lengths)], kept
 
 
-@dataclass
-class Chunk:
-    """Some rows on their way to the cache."""
+def tokenise(tokenizer: Tokenizer, texts: list[str], max_length: int) -> TokenSplit:
+    """Return a split, in memory, of texts without labels: all are 0."""
+    rows = (Chosen(text[:MAX_CHARS], row_id) for row_id, text in enumerate(texts))
+    parts = [(np.zeros(0, token_dtype(tokenizer)), np.zeros(0, np.int64))]
+    for chunk in in_chunks(rows):
+        parts.append(truncate(*encode(tokenizer, [row.text for row in chunk]), max_length))
+    tokens, lengths = map(np.concatenate, zip(*parts, strict=True))
+    offsets = np.append(0, np.cumsum(lengths))
+    return TokenSplit(tokens, offsets, np.zeros(len(texts), np.uint8), np.arange(len(texts)))
 
-    texts: list[str]
-    row_ids: list[int]
-    targets: list[int]
+
+class Chosen(NamedTuple):
+    """A row whose text is to be tokenised."""
+
+    text: str
+    row_id: int
+    target: int = 0
+    """Number of the split that it is for."""
+
+
+def in_chunks(rows: Iterable[Chosen]) -> Iterator[list[Chosen]]:
+    """Gather rows into chunks of bounded size."""
+    chunk: list[Chosen] = []
+    chars = 0
+    for row in rows:
+        chunk.append(row)
+        chars += len(row.text)
+        if len(chunk) >= CHUNK_ROWS or chars >= CHUNK_CHARS:
+            yield chunk
+            chunk, chars = [], 0
+    if chunk:
+        yield chunk
 
 
 class TokenWriter:
@@ -88,12 +117,12 @@ class TokenWriter:
         self.truncated = self.tokens_cut = self.clipped = 0
 
     def write(
-        self, chunk: Chunk, encoded: tuple[np.ndarray, np.ndarray], labels: np.ndarray
+        self, chunk: list[Chosen], encoded: tuple[np.ndarray, np.ndarray], labels: np.ndarray
     ) -> None:
         """Truncate and append the rows of a chunk, each to its split."""
         self._count(encoded[1])
         tokens, lengths = truncate(*encoded, self.max_length)
-        row_ids, targets = np.array(chunk.row_ids), np.array(chunk.targets)
+        row_ids, targets = np.array([(row.row_id, row.target) for row in chunk]).T
         for number, writer in enumerate(self.writers):
             mine = targets == number
             if mine.any():

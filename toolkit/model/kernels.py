@@ -12,7 +12,8 @@ they are needed, and again in the backward pass, from the logarithm of each quer
 Shapes: N queries and T keys of S sequences, H heads, K units a head. `joint` (T, P, H, K) holds what one
 product made of each token: keys and values (P = 2), and queries before them (P = 3; else `query` does).
 In kernels names of one letter are blocks, (rows, K), and d is for the gradient of what follows; `lse`
-is the logarithm (to base 2) of a query's sum in softmax, `delta` its result times that one's gradient.
+is the logarithm (to base 2) of a query's sum in softmax, `delta` the sum over units of its result times
+the gradient of that.
 """
 
 from functools import partial

@@ -64,6 +64,7 @@ def save_model(
     # not `save_pretrained` (transformers 5.23): it imports DeepSpeed wherever that is installed, 0.3 s,
     # and under ZeRO-3 it turns LayerNorm's names into those of TensorFlow's BERT
     model.config.architectures, model.config.dtype = [type(model).__name__], "float32"
+    # for `Classifier`; for others the tokenizer says the length, below
     model.config.trained_length = card["max_length"]
     model.config.trained_precision = card["precision"]
     model.config.save_pretrained(folder)
