@@ -41,6 +41,8 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith(("WANDB_", "ACCELERATE_")):
             monkeypatch.delenv(name)
+    # most users do not set it, and with it no text is ever left in a buffer that cannot be written
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     monkeypatch.setenv("WANDB_MODE", "offline")
 
 

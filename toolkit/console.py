@@ -1,7 +1,8 @@
 """The only place that prints, so that output can be found, flushed and silenced in one spot."""
 
+import errno
+import os
 import sys
-from contextlib import suppress
 from typing import TextIO
 
 from toolkit.redact import redact
@@ -19,5 +20,17 @@ def complain(text: str) -> None:
 
 def _print(text: str, stream: TextIO) -> None:
     # a terminal that was closed, or a `tee` that got the Ctrl-C too, must not keep a run from saving
-    with suppress(OSError, ValueError):
+    try:
         print(redact(text), file=stream, flush=True)
+    except OSError as error:
+        if error.errno in (errno.EPIPE, errno.EIO):
+            _silence(stream)
+    except ValueError:  # closed
+        pass
+
+
+def _silence(stream: TextIO) -> None:
+    """Send what nobody will read nowhere: Python would end by 120 for the text that it still holds."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

@@ -19,7 +19,7 @@ if __package__ in (None, ""):
 
 import time
 import traceback
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from toolkit.assets import encoder_fingerprint
 from toolkit.config import RunConfig, cache_dir, parse, part
@@ -182,7 +182,8 @@ if __name__ == "__main__":
     exit_code = main()
     if exit_code and "torch" in sys.modules:
         # a run that failed has left its process group standing, whose teardown may hang: `Runtime.end`
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # a library has printed where nobody reads
+                stream.flush()
         os._exit(exit_code)
     sys.exit(exit_code)
