@@ -1,39 +1,47 @@
-"""What can be told apart: error rates by simulation, and a permutation test done by hand."""
+"""What can be told apart: error rates by simulation, a permutation test done by hand, and a t-test."""
 
 import itertools
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from toolkit.experiments.compare import ALPHA, Judged, against_best, f1, holm, p_value
 
 
 def judge(dice: np.random.Generator, labels: np.ndarray, accuracy: float) -> Judged:
-    right = dice.random(len(labels)) < accuracy
-    return Judged(labels, np.where(right, labels, 1 - labels).astype(float))
+    return judge_seeds(dice, labels, [accuracy])
+
+
+def judge_seeds(dice: np.random.Generator, labels: np.ndarray, accuracies: list[float]) -> Judged:
+    """Return what seeds make of rows that are all as hard as each other."""
+    right = dice.random((len(accuracies), len(labels))) < np.array(accuracies)[:, None]
+    return Judged(labels, np.where(right, labels, 1 - labels))
 
 
 def test_f1_is_that_of_the_counts() -> None:
-    judged = Judged(np.array([1, 1, 1, 0, 0]), np.array([1, 0.5, 0, 1, 0]))
+    judged = Judged(np.array([1, 1, 1, 0, 0]), np.array([[1, 1, 0, 1, 0], [1, 0, 0, 1, 0]]))
     assert f1(judged) == pytest.approx(2 * 1.5 / (2.5 + 3))
-    assert f1(Judged(np.zeros(3, int), np.zeros(3))) == 0
+    assert f1(Judged(np.zeros(3, int), np.zeros((1, 3)))) == 0
 
 
 def test_p_value_is_that_of_all_swaps() -> None:
     """Eleven rows, seven of them judged differently: 128 ways to swap, counted one by one."""
     labels = np.array([1, 1, 1, 1, 1, 0, 0, 0, 0, 1, 0])
-    ours = np.array([1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 0.0])
-    theirs = np.array([0, 0, 0, 1, 0, 1, 1, 0, 1, 0, 1.0])
-    observed = abs(f1(Judged(labels, ours)) - f1(Judged(labels, theirs)))
+    ours = np.array([1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 0])
+    theirs = np.array([0, 0, 0, 1, 0, 1, 1, 0, 1, 0, 1])
+    a, b = Judged(labels, ours[None]), Judged(labels, theirs[None])
+    observed = abs(f1(a) - f1(b))
     differ = np.flatnonzero(ours != theirs)
     assert len(differ) == 7
     larger = 0
     for swap in itertools.product([False, True], repeat=len(differ)):
-        a, b = ours.copy(), theirs.copy()
+        swapped = np.stack([ours, theirs])
         rows = differ[list(swap)]
-        a[rows], b[rows] = theirs[rows], ours[rows]
-        larger += abs(f1(Judged(labels, a)) - f1(Judged(labels, b))) >= observed - 1e-12
-    found = p_value(Judged(labels, ours), Judged(labels, theirs))
+        swapped[:, rows] = swapped[::-1, rows]
+        gap = f1(Judged(labels, swapped[:1])) - f1(Judged(labels, swapped[1:]))
+        larger += abs(gap) >= observed - 1e-12
+    found = p_value(a, b)
     assert found == pytest.approx(larger / 128, abs=0.015)
     assert 0.01 < found < 0.9
 
@@ -47,6 +55,86 @@ def test_equal_settings_differ_by_chance_one_time_in_twenty() -> None:
         for seed in range(trials)
     )
     assert 0.02 < wrong / trials < 0.08
+
+
+@pytest.mark.parametrize("seeds", [(3, 3), (2, 5), (4, 1)])
+def test_where_rows_are_many_it_is_students_test_of_the_seeds(seeds: tuple[int, int]) -> None:
+    dice = np.random.default_rng(6)
+    labels = dice.integers(0, 2, 200_000)
+    a, b = (
+        judge_seeds(dice, labels, list(dice.normal(mean, 0.01, number)))
+        for mean, number in zip((0.90, 0.88), seeds, strict=True)
+    )
+    expected = scipy.stats.ttest_ind(f1_of_each(a), f1_of_each(b)).pvalue
+    assert 0.01 < expected < 0.5
+    assert p_value(a, b) == pytest.approx(expected, abs=0.015)
+
+
+@pytest.mark.parametrize("trial", range(3))
+def test_what_seeds_disagree_about_row_by_row_counts_once(trial: int) -> None:
+    """Here rows do so in nothing else, and the seeds' test would know all of it."""
+    dice = np.random.default_rng(trial)
+    labels = dice.integers(0, 2, 600)
+    a, b = (judge_seeds(dice, labels, [mean] * 4) for mean in (0.88, 0.86))
+    expected = scipy.stats.ttest_ind(f1_of_each(a), f1_of_each(b)).pvalue
+    assert p_value(a, b) == pytest.approx(expected, abs=0.02)
+
+
+def test_seeds_that_agree_in_f1_by_chance_are_not_taken_for_certain() -> None:
+    """What they disagree about row by row lets them differ."""
+    labels = np.tile([0, 1], 60)
+    ours, theirs = (
+        np.stack([labels ^ (np.arange(120) // wrong == number) for number in range(3)])
+        for wrong in (10, 16)
+    )
+    assert f1_of_each(Judged(labels, ours)) == pytest.approx([f1(Judged(labels, ours))] * 3)
+    assert p_value(Judged(labels, ours), Judged(labels, theirs)) > ALPHA
+
+
+def f1_of_each(judged: Judged) -> list[float]:
+    return [f1(Judged(judged.labels_N, positive_N[None])) for positive_N in judged.positive_SN]
+
+
+def test_equal_settings_whose_seeds_differ_are_told_apart_no_more_often() -> None:
+    """By the rows alone, the seeds' mean taken for one model's, it is a third of them."""
+    dice = np.random.default_rng(7)
+    labels = dice.integers(0, 2, 600)
+    trials, wrong, by_rows_alone = 400, 0, 0
+    for trial in range(trials):
+        hardness_N = dice.normal(1.6, 1.0, len(labels))
+        a, b = (_of_hard_rows(dice, labels, hardness_N) for _ in range(2))
+        wrong += p_value(a, b, trial) < ALPHA
+        pooled_a, pooled_b = (Judged(labels, judged.positive_N[None]) for judged in (a, b))
+        by_rows_alone += p_value(pooled_a, pooled_b, trial) < ALPHA
+    assert wrong / trials < 0.08
+    assert by_rows_alone / trials > 0.2
+
+
+def _of_hard_rows(dice: np.random.Generator, labels: np.ndarray, hardness_N: np.ndarray) -> Judged:
+    """Return what three seeds make of rows: a setting, a seed and chance make them easier or harder."""
+    of_setting_N = dice.normal(0, 0.3, len(labels))
+    of_seed_S1 = dice.normal(0, 0.15, (3, 1))
+    of_both_SN = dice.normal(0, 0.5, (3, len(labels)))
+    right = hardness_N + of_setting_N + of_seed_S1 + of_both_SN > 0
+    return Judged(labels, np.where(right, labels, 1 - labels))
+
+
+def test_a_difference_larger_than_that_of_seeds_is_found() -> None:
+    dice = np.random.default_rng(8)
+    labels = dice.integers(0, 2, 600)
+    good, bad = (
+        judge_seeds(dice, labels, [mean - 0.01, mean, mean + 0.01]) for mean in (0.92, 0.82)
+    )
+    assert p_value(good, bad) < ALPHA
+    assert p_value(good, good) == 1
+
+
+@pytest.mark.parametrize("size", [0, 1, 5])
+def test_few_test_rows_tell_nothing_apart(size: int) -> None:
+    labels = np.array([1, 0, 1, 0, 1])[:size]
+    right = np.stack([labels, labels])
+    wrong = np.stack([1 - labels, labels])
+    assert p_value(Judged(labels, right), Judged(labels, wrong)) > ALPHA
 
 
 def test_the_best_is_not_called_otherwise_too_often() -> None:

@@ -117,7 +117,7 @@ def _ended(predicted: Predicted) -> str:
 
 
 def _pool(group: list[Predicted]) -> Setting:
-    judged = Judged(group[0].labels, np.mean([each.positive for each in group], axis=0))
+    judged = Judged(group[0].labels, np.stack([each.positive for each in group]))
     return Setting([each.run for each in group], group[0].test_set, judged, f1(judged))
 
 

@@ -163,22 +163,21 @@ def conclusions(found: list[Setting]) -> list[str]:
     if rivals:
         lines.append(
             "Settings are compared on F1, row by row of the test set (paired randomisation test, "
-            "Holm's correction for the number of comparisons; seeds of one setting are pooled). The "
-            "best of many is chosen on these rows, so its own figure is on the lucky side."
+            "Holm's correction for the number of comparisons). The best of many is chosen on these "
+            "rows, so its own figure is on the lucky side."
         )
-        lines.append(f"That is the chance of the test rows. {_of_seeds([best, *rivals])}")
+        lines.append(_of_seeds(best, rivals))
     return lines
 
 
-def _of_seeds(settings: list[Setting]) -> str:
-    """Say what is known of the chance that the test leaves out: which seed a model was trained with."""
-    fewest = min(len(setting.runs) for setting in settings)
-    if fewest > 1:
-        return f"With {fewest} seeds or more each, the spread of runs above tells what a seed does."
-    return (
-        "Some settings have one seed: it is these trained models that differ, another seed may turn out "
-        "otherwise."
-    )
+def _of_seeds(best: Setting, rivals: list[Setting]) -> str:
+    """Say what the comparisons know of the other chance, which seed a model was trained with."""
+    alone = [rival for rival in rivals if len(rival.runs) == len(best.runs) == 1]
+    unknown = "it is these trained models that are compared, another seed may turn out otherwise."
+    if len(alone) == len(rivals):
+        return f"The settings have one seed each: {unknown}"
+    known = "What the seeds of two settings differ by is added to that chance."
+    return f"{known} Where both have one seed, {unknown}" if alone else known
 
 
 def _describe(row: dict[str, Any]) -> str:
