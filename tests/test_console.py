@@ -51,3 +51,10 @@ def test_a_full_disk_is_not_taken_for_a_reader_who_has_gone() -> None:
 def test_a_stream_that_is_closed_does_not_keep_a_run_from_saving() -> None:
     program = "import sys; sys.stdout.close(); from toolkit.console import say; say('lost')"
     assert run_python("-c", program).returncode == 0
+
+
+def test_what_cannot_be_encoded_is_shown_by_its_number() -> None:
+    """A path need not be text, and a terminal not be UTF-8: else its line is lost."""
+    program = r"from toolkit.console import say; say('ü \udcff')"
+    for encoding, shown in (("ascii", r"\xfc \udcff"), ("utf-8", r"ü \udcff")):
+        assert run_python("-c", program, PYTHONIOENCODING=encoding).stdout == shown + "\n"

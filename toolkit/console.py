@@ -21,12 +21,18 @@ def complain(text: str) -> None:
 def _print(text: str, stream: TextIO) -> None:
     # a terminal that was closed, or a `tee` that got the Ctrl-C too, must not keep a run from saving
     try:
-        print(redact(text), file=stream, flush=True)
+        print(_printable(redact(text), stream), file=stream, flush=True)
     except OSError as error:
         if error.errno in (errno.EPIPE, errno.EIO):
             _silence(stream)
     except ValueError:  # closed
         pass
+
+
+def _printable(text: str, stream: TextIO) -> str:
+    """Show what the stream cannot encode, of a path or a text, by its number, as standard error does."""
+    encoding = stream.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _silence(stream: TextIO) -> None:
