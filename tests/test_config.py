@@ -62,9 +62,10 @@ def test_all_problems_at_once_with_names_and_ranges(tmp_path: Path) -> None:
     found = problems(
         "--lr=fast", "--hed=v1", f"--config={file}", "--grad_accum=0", "--precision=fp8", "stray",
         "--config=absent.yaml", "--batch_size=2.5", "-seed", "--head=v9", "--lr",
+        "--dataset=\udcff.csv",
     )  # fmt: skip
     text = "\n".join(found)
-    assert len(found) == 12
+    assert len(found) == 13
     for part in (
         "lr got 'fast', allowed is float in (0, 1]",
         "hed is unknown; did you mean head?",
@@ -76,6 +77,7 @@ def test_all_problems_at_once_with_names_and_ranges(tmp_path: Path) -> None:
         "absent.yaml: cannot be read",
         "batch_size got 2.5",
         "--lr: has no value",
+        r"--dataset: got '\udcff.csv', which is not UTF-8",
         "-seed: is not a flag; did you mean --seed?",
         "head got 'v9', allowed is one of v1, v2, v3",
     ):

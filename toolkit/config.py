@@ -313,7 +313,9 @@ def _items(tokens: list[str]) -> tuple[list[Item], list[str]]:
     problems: list[str] = []
     for token in tokens:
         key, has_value, value = token.partition("=")
-        if not key.startswith("--"):
+        if not _is_unicode(token):  # nor could config.yaml hold it
+            problems.append(f"{key}: got {value!r}, which is not UTF-8; rename that file or folder")
+        elif not key.startswith("--"):
             name = token.lstrip("-")
             hint = f"; did you mean --{name}?" if name in FIELDS else " (flags start with --)"
             problems.append(f"{token}: is not a flag{hint}")
@@ -327,6 +329,14 @@ def _items(tokens: list[str]) -> tuple[list[Item], list[str]]:
         else:
             items.append(Item("flag", key[2:], _from_text(key[2:], value)))
     return items, problems
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a path may be any bytes
+        return False
+    return True
 
 
 def _file_items(path: str) -> list[Item]:
