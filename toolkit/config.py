@@ -314,7 +314,7 @@ def _items(tokens: list[str]) -> tuple[list[Item], list[str]]:
     for token in tokens:
         key, has_value, value = token.partition("=")
         if not _is_unicode(token):  # nor could config.yaml hold it
-            problems.append(f"{key}: got {value!r}, which is not UTF-8; rename that file or folder")
+            problems.append(f"{key}: got {value!r}, which is not UTF-8; if it is a path, rename it")
         elif not key.startswith("--"):
             name = token.lstrip("-")
             hint = f"; did you mean --{name}?" if name in FIELDS else " (flags start with --)"

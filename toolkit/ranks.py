@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from toolkit.console import say
+from toolkit.console import flush, say
 
 PROGRAMS = Path(__file__).resolve().parent
 LAUNCH_FOLDER = PROGRAMS.parent / "launch"
@@ -97,5 +97,5 @@ def run(main: Callable[[], None]) -> None:
         main()
     except Exception:
         traceback.print_exc()
-        sys.stderr.flush()
+        flush()
         os._exit(1)

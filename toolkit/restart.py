@@ -17,6 +17,7 @@ from typing import NoReturn
 import psutil
 
 from toolkit import scheduler
+from toolkit.console import flush
 from toolkit.stop import SIGNALS, Stop
 
 COUNT = "TORCHELASTIC_RESTART_COUNT"
@@ -48,7 +49,7 @@ class Restart:
         threading.Thread(target=last_words, daemon=True).start()
         time.sleep(min(max(0.0, moment - time.time()), MEETING_SECONDS))
         environment = self.environment | {COUNT: str(attempt() + STRIDE), "TOOLKIT_FAULT": faults}
-        sys.stdout.flush()
+        flush()
         _leave_nothing()
         self._pass_on_requests()  # last: a request may come while processes are ended
         os.execve(sys.executable, self.command, environment)

@@ -19,11 +19,11 @@ if __package__ in (None, ""):
 
 import time
 import traceback
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 
 from toolkit.assets import encoder_fingerprint
 from toolkit.config import RunConfig, cache_dir, parse, part
-from toolkit.console import complain, say
+from toolkit.console import complain, flush, say
 from toolkit.data.report import describe
 from toolkit.data.steps import Stream
 from toolkit.errors import CheckpointError, ConfigError, Preempted, ToolkitError
@@ -182,8 +182,6 @@ if __name__ == "__main__":
     exit_code = main()
     if exit_code and "torch" in sys.modules:
         # a run that failed has left its process group standing, whose teardown may hang: `Runtime.end`
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError):  # a library has printed where nobody reads
-                stream.flush()
+        flush()
         os._exit(exit_code)
     sys.exit(exit_code)

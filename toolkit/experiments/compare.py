@@ -5,21 +5,27 @@ gaps in F1 that such swaps make are the chance of the test rows (an approximate 
 More accurate tests for the statistical significance of result differences, COLING 2000). Seeds of one
 setting are swapped together, as they judge the same row.
 
-Another seed makes another model. Where a setting has several, what they differ by is the chance of
-the seeds: of Student's distribution, since a few seeds tell little about it, and added to each of those
-gaps. So rows and seeds are both a sample, as cases and readers are in medicine (Obuchowski and Rockette,
-Hypothesis testing of diagnostic accuracy for multiple readers and multiple tests, Communications in
-Statistics 1995). Where both settings have one seed, only the rows' chance is known.
+Another seed makes another model. How far the seeds of a setting lie apart is the chance of the seeds:
+of Student's distribution, since a few seeds tell little about it, and added to each of those gaps. So
+rows and seeds are both a sample, as cases and readers are in medicine (Obuchowski and Rockette,
+Hypothesis testing of diagnostic accuracy for multiple readers and multiple tests: an ANOVA approach
+with dependent observations, Communications in Statistics 1995). Settings need not have as many seeds,
+nor spread alike (Welch, The generalization of Student's problem, Biometrika 1947; the degrees of freedom
+are Satterthwaite's, 1946); one of a single seed is taken to spread as the others do together. Where all
+have one seed, only the rows' chance is known. That equal seeds of two settings may share their luck
+is left out, which can only hide a difference.
 
 P-values are adjusted for the number of comparisons by Holm's method. The best is chosen on the same
 rows. So a small p-value says that a setting is not the best of all; it does not say that this one, which
 looks best, is better than it (Hsu, Constrained simultaneous confidence intervals for multiple
 comparisons with the best, Annals of Statistics 1984). Whichever truly is the best is called "not the
-best" one time in twenty at most.
+best" about one time in twenty at most, and less often where seeds hardly differ (tests/bench/NOTES.md).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,7 +33,7 @@ DRAWS = 9999
 ALPHA = 0.05
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Judged:
     """What the seeds of one setting made of the test rows."""
 
@@ -45,6 +51,20 @@ class Judged:
     def seeds(self) -> int:
         """How many there are."""
         return len(self.positive_SN)
+
+    @cached_property
+    def seed_variances(self) -> tuple[float, float]:
+        """Of a seed's F1, of two seeds or more: all, and what they disagree about row by row alone."""
+        labels_N, called_SN = self.labels_N.astype(float), self.positive_SN.astype(float)
+        size, freedom = called_SN.shape[1], self.seeds - 1
+        # to the first order, F1 of a seed is F1 of all and the sum of these, its rows' terms
+        total = max(called_SN.sum(axis=1).mean() + labels_N.sum(), 1e-12)
+        terms_SN = (2 * labels_N * called_SN - f1(self) * (called_SN + labels_N)) / total
+        apart_S = terms_SN.sum(axis=1) - terms_SN.sum(axis=1).mean()
+        left_SN = terms_SN - terms_SN.mean(axis=0) - apart_S[:, None] / size
+        of_rows_too = (left_SN**2).sum() / freedom * size / max(size - 1, 1)
+        # a few seeds may lie closer, by chance, than what they disagree about would let them
+        return max((apart_S**2).sum() / freedom, of_rows_too), of_rows_too
 
 
 def f1(judged: Judged) -> float:
@@ -66,19 +86,35 @@ def _f1(
     return 2 * true_positive / total
 
 
-def p_value(a: Judged, b: Judged, seed: int = 0, draws: int = DRAWS) -> float:
-    """Return how likely a gap in F1 as large as this is, if there were no difference."""
+def p_value(
+    a: Judged, b: Judged, others: Sequence[Judged] = (), seed: int = 0, draws: int = DRAWS
+) -> float:
+    """Return how likely a gap in F1 as large as this is, if there were no difference.
+
+    Args:
+        a: one setting.
+        b: the other.
+        others: tell how far seeds lie apart where one of the two has a single one.
+        seed: of the draws.
+        draws: how many gaps are made.
+    """
     if (a.positive_N == b.positive_N).all():
         return 1.0
-    dice = np.random.default_rng(seed)
-    gap_D = _swap_rows(a, b, draws, dice)
-    if freedom := a.seeds + b.seeds - 2:
-        of_seeds, of_both = _seed_variances(a, b, freedom)
-        of_rows = gap_D.var()
-        gap_D *= np.sqrt(max(0, 1 - of_both / of_rows)) if of_rows else 0
-        gap_D += np.sqrt(of_seeds) * dice.standard_t(freedom, draws)
+    gap_D = chance_gaps(a, b, [a, b, *others], draws, np.random.default_rng(seed))
     observed = abs(f1(a) - f1(b))
     return float((1 + (np.abs(gap_D) >= observed - 1e-12).sum()) / (1 + draws))
+
+
+def chance_gaps(
+    a: Judged, b: Judged, known: Sequence[Judged], draws: int, dice: np.random.Generator
+) -> np.ndarray:
+    """Return gaps in F1 as rows and seeds make them where there is no difference."""
+    gap_D = _swap_rows(a, b, draws, dice)
+    if seeds := _chance_of_seeds(a, b, known):
+        # what seeds disagree about row by row is in both, and counts once
+        gap_D *= np.sqrt(max(0, 1 - seeds.of_rows_too / max(gap_D.var(), 1e-12)))
+        gap_D += np.sqrt(seeds.variance) * dice.standard_t(seeds.freedom, draws)
+    return gap_D
 
 
 def _swap_rows(a: Judged, b: Judged, draws: int, dice: np.random.Generator) -> np.ndarray:
@@ -100,29 +136,33 @@ def _swap_rows(a: Judged, b: Judged, draws: int, dice: np.random.Generator) -> n
     )
 
 
-def _seed_variances(a: Judged, b: Judged, freedom: int) -> tuple[float, float]:
-    """Return the variances of the gap in F1 that come from seeds, and from seeds and rows at once.
+class Seeds(NamedTuple):
+    """What seeds make a gap in F1 vary by."""
 
-    The second is what seeds disagree about row by row. It is in the first, and in the gaps that
-    swaps make, and is to count once. Both take the spread of the two settings' seeds for the same.
-    """
-    scale = (1 / a.seeds + 1 / b.seeds) / freedom
-    of_a, of_b = _squares(a), _squares(b)
-    of_seeds, of_both = scale * (of_a[0] + of_b[0]), scale * (of_a[1] + of_b[1])
-    # a few seeds may lie closer, by chance, than what they disagree about row by row would let them
-    return max(of_seeds, of_both), of_both
+    variance: float
+    of_rows_too: float
+    """The part of it that comes from what they disagree about row by row."""
+    freedom: float
+    """Degrees of freedom of the variance's estimate."""
 
 
-def _squares(judged: Judged) -> tuple[float, float]:
-    """Return the sums of squares of seeds' F1, and of what is left in F1's terms without seed and row."""
-    labels_N, called_SN = judged.labels_N, judged.positive_SN
-    size = called_SN.shape[1]
-    total = max(called_SN.sum(axis=1).mean() + labels_N.sum(), 1e-12)
-    # to the first order, F1 of a seed is F1 of all and the sum of these, its rows' terms
-    terms_SN = (2 * labels_N * called_SN - f1(judged) * (called_SN + labels_N)) / total
-    of_seeds_S = terms_SN.sum(axis=1) - terms_SN.sum(axis=1).mean()
-    left_SN = terms_SN - terms_SN.mean(axis=0) - of_seeds_S[:, None] / size
-    return float((of_seeds_S**2).sum()), float((left_SN**2).sum() * size / max(size - 1, 1))
+def _chance_of_seeds(a: Judged, b: Judged, known: Sequence[Judged]) -> Seeds | None:
+    """Return what seeds make of the gap between two settings; None where no setting has several."""
+    several = [judged for judged in dict.fromkeys(known) if judged.seeds > 1]
+    freedom_K = np.array([judged.seeds - 1 for judged in several])
+    if not several:
+        return None
+    share_K = np.zeros(len(several))  # how much of each one's variance is in the gap's
+    for side in (a, b):
+        if side.seeds > 1:
+            share_K[several.index(side)] += 1 / side.seeds
+        else:
+            share_K += freedom_K / freedom_K.sum()
+    own_K2 = share_K[:, None] * np.array([judged.seed_variances for judged in several])
+    variance, of_rows_too = own_K2.sum(axis=0)
+    if not variance:
+        return None
+    return Seeds(variance, of_rows_too, variance**2 / (own_K2[:, 0] ** 2 / freedom_K).sum())
 
 
 def holm(p_values: list[float]) -> list[float]:
@@ -139,4 +179,4 @@ def against_best(judged: list[Judged]) -> list[float]:
     """Return adjusted p-values of all settings but the first against the first, the best."""
     # the smallest p-value is 1 / (1 + draws): times the number of comparisons, it stays below ALPHA
     draws = max(DRAWS, round(2 / ALPHA * len(judged)))
-    return holm([p_value(judged[0], other, draws=draws) for other in judged[1:]])
+    return holm([p_value(judged[0], other, judged, draws=draws) for other in judged[1:]])

@@ -166,18 +166,24 @@ def conclusions(found: list[Setting]) -> list[str]:
             "Holm's correction for the number of comparisons). The best of many is chosen on these "
             "rows, so its own figure is on the lucky side."
         )
-        lines.append(_of_seeds(best, rivals))
+        lines.append(_of_seeds([best, *rivals]))
     return lines
 
 
-def _of_seeds(best: Setting, rivals: list[Setting]) -> str:
+def _of_seeds(settings: list[Setting]) -> str:
     """Say what the comparisons know of the other chance, which seed a model was trained with."""
-    alone = [rival for rival in rivals if len(rival.runs) == len(best.runs) == 1]
-    unknown = "it is these trained models that are compared, another seed may turn out otherwise."
-    if len(alone) == len(rivals):
-        return f"The settings have one seed each: {unknown}"
-    known = "What the seeds of two settings differ by is added to that chance."
-    return f"{known} Where both have one seed, {unknown}" if alone else known
+    numbers = {len(setting.runs) for setting in settings}
+    if numbers == {1}:
+        return (
+            "Each setting has one seed: it is these trained models that are compared, another seed may "
+            "turn out otherwise."
+        )
+    known = "How far the seeds of a setting lie apart is part of the p-value."
+    if 1 in numbers:
+        known += " A setting of one seed is taken to spread as the others do."
+    if numbers & {1, 2}:
+        known += " From fewer than three seeds little can be told, unless the difference is large."
+    return known
 
 
 def _describe(row: dict[str, Any]) -> str:
