@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "scheduler": set(),
     "reaper": set(),
     "stop": {"errors", "scheduler"},
-    "restart": {"scheduler", "stop"},
+    "restart": {"console", "scheduler", "stop"},
     "config": {"errors", "console", "redact"},
     "machine": set(),
     "launcher": {"errors", "config"},
