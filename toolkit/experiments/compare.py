@@ -13,13 +13,14 @@ with dependent observations, Communications in Statistics 1995). Settings need n
 nor spread alike (Welch, The generalization of Student's problem, Biometrika 1947; the degrees of freedom
 are Satterthwaite's, 1946); one of a single seed is taken to spread as the others do together. Where all
 have one seed, only the rows' chance is known. That equal seeds of two settings may share their luck
-is left out, which can only hide a difference.
+is left out: where they do, differences are harder to find.
 
 P-values are adjusted for the number of comparisons by Holm's method. The best is chosen on the same
 rows. So a small p-value says that a setting is not the best of all; it does not say that this one, which
 looks best, is better than it (Hsu, Constrained simultaneous confidence intervals for multiple
 comparisons with the best, Annals of Statistics 1984). Whichever truly is the best is called "not the
-best" about one time in twenty at most, and less often where seeds hardly differ (tests/bench/NOTES.md).
+best" about one time in twenty at most, and less often where seeds hardly differ; more often if it has a
+single seed and spreads more than the others (tests/bench/NOTES.md has both).
 """
 
 from collections.abc import Sequence
@@ -149,9 +150,9 @@ class Seeds(NamedTuple):
 def _chance_of_seeds(a: Judged, b: Judged, known: Sequence[Judged]) -> Seeds | None:
     """Return what seeds make of the gap between two settings; None where no setting has several."""
     several = [judged for judged in dict.fromkeys(known) if judged.seeds > 1]
-    freedom_K = np.array([judged.seeds - 1 for judged in several])
     if not several:
         return None
+    freedom_K = np.array([judged.seeds - 1 for judged in several])
     share_K = np.zeros(len(several))  # how much of each one's variance is in the gap's
     for side in (a, b):
         if side.seeds > 1:
