@@ -117,6 +117,42 @@ def test_every_field_refuses_nonsense() -> None:
     assert checked >= 35
 
 
+def test_null_is_refused_where_a_value_is_needed(tmp_path: Path) -> None:
+    nullable = {name for name, field in FIELDS.items() if "None" in str(field.type)}
+    needed = [name for name in FIELDS if name not in nullable]
+    assert len(nullable) >= 10
+    assert len(needed) >= 30
+    file = tmp_path / "nulls.yaml"
+    file.write_text("".join(f"{name}: null\n" for name in needed))
+    found = problems("--config", str(file))
+    assert len(found) == len(needed)
+    assert all(
+        f"{name} got null, allowed is " in said for name, said in zip(needed, found, strict=True)
+    )
+    assert "allowed is one of bf16, fp32" in next(said for said in found if "precision" in said)
+    [said] = problems("--head=None")
+    assert said == "flag: head got null, allowed is str"
+    file.write_text("".join(f"{name}: null\n" for name in nullable))
+    assert parse(["--config", str(file)]) == parse([])
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "twice.yaml"
+    file.write_text("lr: 1e-5\nhead: v1\nlr: 2e-5\n")
+    [said] = problems("--config", str(file))
+    assert "found lr 2 times: keep one" in said
+    assert "line 1, column 1" in said
+    file.write_text("wandb: {project: a, project: b}\n")
+    assert "found project 2 times" in problems("--config", str(file))[0]
+    file.write_text("wandb: &common {project: a, group: g}\n")
+    assert parse(["--config", str(file)]).wandb.project == "a"
+
+
+@pytest.mark.parametrize("argv", [["--config"], ["--config="], ["--config", "--head=v1"]])
+def test_a_config_that_is_not_named(argv: list[str]) -> None:
+    assert problems(*argv) == ["--config: has no value"]
+
+
 def test_the_written_config_gives_the_same_config(tmp_path: Path) -> None:
     config = parse(["--lr=3e-5", "--max_grad_norm=inf", "--wandb.tags=[a, b]", "--seed=7"])
     file = tmp_path / "config.yaml"

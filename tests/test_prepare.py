@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+import toolkit.prepare
 from tests.programs import run_python
 from tests.tiny import build_cache, reviews
 from toolkit.data import prepare
@@ -302,6 +303,20 @@ def test_prepare_command(tiny_data: Path, tiny_encoder: Path, tmp_path: Path) ->
     failed = run_python("-m", "toolkit", "prepare", "--dataset=/no/such", *flags[1:])
     assert failed.returncode == 3
     assert "neither a known name nor a path" in failed.stderr
+
+
+def test_prepare_that_is_stopped(
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(toolkit.prepare, "prepare_data", interrupted)
+    assert toolkit.prepare.main([f"--dataset={tiny_data}", f"--cache_dir={tmp_path}"]) == 130
+    assert "stopped as asked" in capsys.readouterr().err
 
 
 def test_snippets_split_by_review(shared_cache: Path) -> None:

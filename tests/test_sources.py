@@ -1,5 +1,6 @@
 """Local files and hub folders: every format, every complaint, and the counts add up."""
 
+import gzip
 import hashlib
 import json
 import re
@@ -532,3 +533,27 @@ def test_awkward_texts_do_not_crash(tmp_path: Path, tiny_encoder: Path) -> None:
     assert sum(len(split) for split in cache.splits.values()) == len(rows)
     lengths = np.concatenate([s.lengths(np.arange(len(s))) for s in cache.splits.values()])
     assert lengths.min() == 2  # [CLS] [SEP]
+
+
+def test_columns_that_are_there_twice(tmp_path: Path) -> None:
+    """Which of them is meant nobody can tell."""
+    rows = write(tmp_path / "rows.csv", "label,text,label\n0,good,1\n1,bad,0\n")
+    assert "has 2 columns 'label'; rename all but one" in complaints(rows)
+    table = pyarrow.table([["good"], ["1"], ["0"]], names=["text", "label", "label"])
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    assert "has 2 columns 'label'" in complaints(tmp_path / "rows.parquet")
+    others = write(tmp_path / "others.csv", "x,text,x,label\n0,good,1,1\n1,bad,0,0\n")
+    assert len(usable(others)) == 2, "those that nobody asks for may be"
+
+
+def test_columns_that_are_named_twice(tmp_path: Path) -> None:
+    rows = write(tmp_path / "rows.csv", "text,label\ngood,1\nbad,0\n")
+    said = complaints(rows, text_column="text, text")
+    assert "text_column and label_column name text twice: once is enough" in said
+    assert "name label twice" in complaints(rows, text_column="text,label")
+
+
+def test_a_compressed_file_is_called_so(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(gzip.compress(b"text,label\ngood,1\nbad,0\n"))
+    assert "it is compressed (gzip); unpack it first" in complaints(path)

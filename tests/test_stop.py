@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.programs import TRAIN, run_python
+from toolkit.config import RunConfig
 from toolkit.errors import Preempted
+from toolkit.record.journal import RunFolder
+from toolkit.run import _record_early_stop
 from toolkit.stop import Stop
 
 
@@ -176,3 +179,14 @@ def test_a_stopped_run_leaves_by_its_exit_code_though_nobody_reads(tiny_flags: l
         process.stdout.close()  # `tee` got the Ctrl-C, too
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == Preempted.exit_code
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_stop_before_the_ranks_have_met_is_said_once(
+    rank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    config = RunConfig(output_dir=str(tmp_path), run_id="r", track="none")
+    _record_early_stop(config, RunFolder(config.folder), Stop())
+    said = "stopped as asked; the same command goes on from there\n"
+    assert capsys.readouterr().err == (said if rank == "0" else "")

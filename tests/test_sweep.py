@@ -264,7 +264,7 @@ def test_what_a_grid_cannot_list(tmp_path: Path) -> None:
         runs(write(tmp_path, command=["${program}", "${args}"], parameters=many))
 
 
-@pytest.mark.parametrize("text", ["", "- a\n", "a: [", "\x00"])
+@pytest.mark.parametrize("text", ["", "- a\n", "a: [", "\x00", "method: grid\nmethod: grid\n"])
 def test_files_that_are_no_sweeps(tmp_path: Path, text: str) -> None:
     path = tmp_path / "sweep.yaml"
     path.write_text(text)

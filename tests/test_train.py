@@ -2,9 +2,10 @@
 
 import csv
 import json
+import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,8 +44,16 @@ def lines(folder: Path, kind: str) -> list[dict]:
     return [row for row in rows if row["kind"] == kind]
 
 
+@pytest.fixture
+def umask() -> Iterator[int]:
+    """Files are readable by everybody, as is usual."""
+    before = os.umask(0o022)
+    yield 0o022
+    os.umask(before)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_from_start_to_end(tiny_flags: list[str], processes: int) -> None:
+def test_a_run_from_start_to_end(tiny_flags: list[str], processes: int, umask: int) -> None:
     flags = [*tiny_flags, "--epochs=6", "--log_every=5", "--eval_every=10", "--head=v3"]
     done = launch(processes, TRAIN, *flags)
     assert done.returncode == 0, done.stderr
@@ -56,6 +65,8 @@ def test_a_run_from_start_to_end(tiny_flags: list[str], processes: int) -> None:
         "summary.json", "status.json", "checkpoints",
     }  # fmt: skip
     assert read(folder / "status.json")["status"] == "completed"
+    modes = {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()}
+    assert modes == {0o666 & ~umask}, "who may read one file may read them all"
     steps = -(-108 * 6 // 16)
     assert steps == 41
     assert [row["step"] for row in lines(folder, "train")] == [*range(5, 41, 5), 41]
@@ -220,6 +231,11 @@ def test_a_second_run_shows_the_first(
     assert main([*flags, "--overwrite"]) == 0
     kept = folder.with_name(f"{folder.name}.old-1")
     assert (kept / "metrics.jsonl").read_bytes() == before
+    written = folder / "config.yaml"
+    assert yaml.safe_load(written.read_text())["overwrite"] is False, "it would hold for each start"
+    after = (folder / "metrics.jsonl").read_bytes()
+    assert main([f"--config={written}"]) == 0
+    assert (folder / "metrics.jsonl").read_bytes() == after
 
 
 def test_other_weights_in_the_same_folder_are_another_encoder(

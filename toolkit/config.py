@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from toolkit import strict_yaml
 from toolkit.console import say
 from toolkit.errors import ConfigError
 from toolkit.redact import redact_values
@@ -319,12 +320,12 @@ def _items(tokens: list[str]) -> tuple[list[Item], list[str]]:
             name = token.lstrip("-")
             hint = f"; did you mean --{name}?" if name in FIELDS else " (flags start with --)"
             problems.append(f"{token}: is not a flag{hint}")
-        elif key == "--config":
+        elif key == "--config" and value:
             try:
                 items += _file_items(value)
             except ValueError as error:
                 problems.append(f"--config {value}: {error}")
-        elif not has_value and key[2:] in FIELDS:
+        elif key == "--config" or (not has_value and key[2:] in FIELDS):
             problems.append(f"{key}: has no value")
         else:
             items.append(Item("flag", key[2:], _from_text(key[2:], value)))
@@ -342,7 +343,7 @@ def _is_unicode(text: str) -> bool:
 def _file_items(path: str) -> list[Item]:
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
+        content = strict_yaml.load(text)
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -379,6 +380,10 @@ def _takes_int(name: str) -> bool:
     return name in FIELDS and FIELDS[name].type in (int, int | None)
 
 
+def _takes_null(name: str) -> bool:
+    return type(None) in get_args(FIELDS[name].type)
+
+
 def _take(parser: ArgumentParser, item: Item, values: dict[str, Any]) -> str | None:
     """Put one setting into `values`; return what is wrong with it instead, if anything is."""
     name, _, inner = item.key.partition(".")
@@ -387,6 +392,8 @@ def _take(parser: ArgumentParser, item: Item, values: dict[str, Any]) -> str | N
         return f"{item.key} is unknown" + (
             f"; did you mean {close[0]}?" if close else "; see --help"
         )
+    if item.value is None and not inner and not _takes_null(name):
+        return f"{item.key} got null, allowed is {_allowed(name)}"
     value = _as_text(item.value) if _takes_text(name) else item.value
     if _takes_int(name) and isinstance(value, float) and value.is_integer():
         value = int(value)  # W&B draws 16.0 from q_uniform

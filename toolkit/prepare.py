@@ -55,5 +55,8 @@ def main(argv: list[str]) -> int:
     except (ToolkitError, OSError) as error:  # not Python itself, which would show secrets too
         complain(f"error: {error}")
         return getattr(error, "exit_code", 1)
+    except KeyboardInterrupt:
+        complain("stopped as asked: nothing is left half done; the same command starts again")
+        return 130
     say(describe(tokens))
     return 0

@@ -3,6 +3,7 @@
 import os
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -85,6 +86,8 @@ def run(
 def _record_early_stop(config: RunConfig, folder: RunFolder, stop: Stop) -> None:
     folder.record_crash("preempted", message=str(Preempted()), split=folder.split)
     is_main = os.environ.get("RANK", "0") == "0"  # the ranks have not met: there is no runtime yet
+    if is_main:
+        complain(str(Preempted()))
     if is_main and config.track == "wandb" and is_agents_run() and stop.by_scheduler:
         give_back(wandb_arguments(*config.wandb_place))
 
@@ -274,7 +277,9 @@ class Run:
         facts |= {"first_step": self.progress.step + 1, "num_steps": num_steps}
         if not runtime.is_main:
             return
-        self.folder.begin(config.to_yaml(), facts)
+        # how this start came about is no part of the run: with it, each further start would begin anew
+        as_run = replace(config, overwrite=False, resume=RunConfig.resume)
+        self.folder.begin(as_run.to_yaml(), facts)
         if config.track == "wandb":
             arguments = wandb_arguments(*config.wandb_place)
             shown = redact_values(config.identity())

@@ -88,6 +88,11 @@ def _setting_problems(spec: SourceSpec, files: list[Path]) -> list[str]:
     is_parquet = all(file.suffix.lower() == ".parquet" for file in files)
     if is_parquet and spec.encoding != SourceSpec.encoding:
         problems.append("encoding has no effect on Parquet files: leave it out")
+    twice = [name for name, count in Counter(_columns(spec)).items() if count > 1]
+    if twice:
+        problems.append(
+            f"text_column and label_column name {', '.join(twice)} twice: once is enough"
+        )
     _, (negative, positive) = _labels(spec)
     if negative == positive:
         problems.append(f"label_names got {spec.label_names!r}, which is one label twice")
@@ -180,7 +185,9 @@ def _column_problems(path: Path, spec: SourceSpec) -> list[str]:
     if found is None:
         return [f"{path}: has no rows"]
     problems = []
-    for name in _columns(spec):
+    for name in dict.fromkeys(_columns(spec)):
+        if found.count(name) > 1:
+            problems.append(f"{path}: has {found.count(name)} columns {name!r}; rename all but one")
         if name not in found:
             close = difflib.get_close_matches(name, found, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
@@ -223,6 +230,8 @@ def open_text(path: Path, spec: SourceSpec) -> TextIO:
     """Open a text file so that bytes which do not decode survive as lone surrogates, row by row."""
     with path.open("rb") as file:
         start = file.read(2)
+    if start == b"\x1f\x8b":
+        raise ValueError("it is compressed (gzip); unpack it first")
     is_utf8 = codecs.lookup(spec.encoding).name == "utf-8"
     if is_utf8 and start in (b"\xff\xfe", b"\xfe\xff"):
         raise ValueError("it starts with a UTF-16 mark; add --encoding utf-16")

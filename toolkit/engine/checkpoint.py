@@ -18,7 +18,7 @@ from torch import Tensor
 
 from toolkit.engine.replicas import MOMENTS
 from toolkit.engine.runtime import Runtime
-from toolkit.files import sync, write_json
+from toolkit.files import share_like_its_folder, sync, write_json
 from toolkit.record.checkpoints import (
     PROGRESS,
     SCHEMA,
@@ -78,6 +78,7 @@ class Checkpoints:
             self.runtime.phases.enter("save")
             aside.mkdir(parents=True, exist_ok=True)
             save_file(tensors, path)
+            share_like_its_folder(path)
             sync(path)
             return {"name": path.name} | describe_file(path)
         except (OSError, SafetensorError) as error:

@@ -24,6 +24,7 @@ from typing import Any
 
 import yaml
 
+from toolkit import strict_yaml
 from toolkit.config import RunConfig, parse
 from toolkit.errors import ConfigError
 
@@ -94,7 +95,7 @@ def load(path: Path) -> Sweep:
         ConfigError: naming everything that is wrong with it.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = strict_yaml.load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError([f"sweep file {path} cannot be read ({error.strerror})"]) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

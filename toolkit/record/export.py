@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from toolkit.assets import TOKENIZER_FILES
-from toolkit.files import publish_file
+from toolkit.files import publish_file, share_like_its_folder
 
 TOKENIZER_SETTINGS = "tokenizer_config.json"
 CARD = """\
@@ -70,6 +70,7 @@ def save_model(
     model.config.save_pretrained(folder)
     whole = {name: weight.contiguous() for name, weight in weights.items()}
     save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    share_like_its_folder(folder / "model.safetensors")
     for name in TOKENIZER_FILES:
         if (encoder_folder / name).exists():
             shutil.copyfile(encoder_folder / name, folder / name)
