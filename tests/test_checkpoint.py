@@ -132,6 +132,9 @@ def test_another_run_is_refused_by_name(tmp_path: Path, origin: Origin) -> None:
     with pytest.raises(ConfigError, match="encoder weights is 'weights-2' here, 'weights-1' there"):
         choose("auto", tmp_path, replace(origin, encoder="weights-2"))
     said = str(caught.value)
+    assert "choose another --run_id, or --resume none to move it aside" in said
+    with pytest.raises(ConfigError, match="name another with --resume, or leave it out"):
+        choose(str(tmp_path), tmp_path / "mine", replace(origin, data="data-2"))
     assert "head is 'v3' here, 'v2' there" in said
     assert "lr is 1e-05 here, 3e-05 there" in said
     assert "data is 'data-2' here, 'data-1' there" in said

@@ -139,3 +139,25 @@ def test_a_gpu_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "which", lambda name: None)
     *_, last = doctor.devices()
     assert (last.level, "install gcc" in last.text) == ("warning", True)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\xff\xfe\x00", "can't decode byte 0xff"),
+        (b"", "must hold `name: value` lines, got None"),
+        (b"- a\n", "got ['a']"),
+        (b"a: [", "expected the node content"),
+    ],
+)
+def test_a_launch_config_that_is_none(
+    content: bytes, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "launch.yaml"
+    path.write_bytes(content)
+    with pytest.raises(SystemExit) as left:
+        doctor.main(["--launch", str(path)])
+    assert left.value.code == 2
+    shown = capsys.readouterr().err
+    assert f"--launch got {path}, which is no launch config: " in shown
+    assert said in shown

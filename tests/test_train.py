@@ -335,6 +335,17 @@ def test_a_folder_of_the_users_is_left_alone(
     assert precious.read_text() == "irreplaceable"
 
 
+def test_a_file_in_the_place_of_a_run_folder(
+    tiny_flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = Path(tiny_flags[3].split("=")[1]) / "mine"
+    file.parent.mkdir(parents=True)
+    file.write_text("irreplaceable")
+    assert main([*tiny_flags, "--run_id=mine"]) == 2
+    assert "is not a run folder; choose another --run_id" in capsys.readouterr().err
+    assert file.read_text() == "irreplaceable"
+
+
 def test_bad_data_is_explained_whoever_finds_it(tiny_flags: list[str], tmp_path: Path) -> None:
     """Under the launcher the first rank says why, although another might have failed first."""
     bad = tmp_path / "bad.csv"

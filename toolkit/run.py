@@ -277,9 +277,8 @@ class Run:
         facts |= {"first_step": self.progress.step + 1, "num_steps": num_steps}
         if not runtime.is_main:
             return
-        # how this start came about is no part of the run: with it, each further start would begin anew
-        as_run = replace(config, overwrite=False, resume=RunConfig.resume)
-        self.folder.begin(as_run.to_yaml(), facts)
+        # said of this start alone: kept, each start with this file would train anew
+        self.folder.begin(replace(config, overwrite=False).to_yaml(), facts)
         if config.track == "wandb":
             arguments = wandb_arguments(*config.wandb_place)
             shown = redact_values(config.identity())

@@ -33,7 +33,9 @@ def select(
     """
     train = np.flatnonzero(splits["train"].usable)
     if train_rows:
-        _refuse_shortage(splits["train"], train, train_rows, "train")  # before others take theirs
+        # before others take theirs
+        shared = not {"validation", "test"} <= splits.keys()
+        _refuse_shortage(splits["train"], train, train_rows, "train", shared=shared)
     selection: Selection = {}
     if "test" in splits:
         test_source, test = "test", np.flatnonzero(splits["test"].usable)
@@ -119,17 +121,23 @@ def _balanced(
 
 
 def _refuse_shortage(
-    split: CheckedSplit, rows: np.ndarray, count: int, purpose: str
+    split: CheckedSplit, rows: np.ndarray, count: int, purpose: str, *, shared: bool = False
 ) -> tuple[int, int]:
-    """Return how many rows of each class `_balanced` takes, if they are there."""
+    """Return how many rows of each class `_balanced` takes, if they are there.
+
+    `shared` means that other splits will take some of them.
+    """
     wanted = (count // 2, count - count // 2)
     have = np.bincount(split.labels[rows], minlength=2).tolist()
     if have[0] < wanted[0] or have[1] < wanted[1]:
+        most = f"{2 * min(have)} at most"
+        if shared:
+            most = f"less than {2 * min(have)}, of which validation or test take their part"
         raise DataError(
             [
                 f"--{purpose}_rows {count}: needs {wanted[0]} + {wanted[1]} rows of the two classes, "
                 f"{split.split.origin} has {have[0]} + {have[1]} to give; "
-                f"ask for {2 * min(have)} at most"
+                f"ask for {most}"
             ]
         )
     return wanted

@@ -165,7 +165,7 @@ def choose(resume: str, folder: Path, origin: Origin) -> Path | None:
             if resume == "strict":
                 break
             continue
-        _refuse_other_origin(path, manifest, origin)
+        _refuse_other_origin(path, manifest, origin, is_own=path.parent == folder)
         for problem in damaged:
             complain(f"WARNING: {problem}. The one before it is taken: {path}")
         return path
@@ -189,10 +189,14 @@ def _at(place: Path) -> list[Path]:
     )
 
 
-def _refuse_other_origin(path: Path, manifest: dict[str, Any], origin: Origin) -> None:
+def _refuse_other_origin(
+    path: Path, manifest: dict[str, Any], origin: Origin, *, is_own: bool
+) -> None:
     made = (manifest.get(name, "") for name in ("config_hash", "data", "encoder"))
     if differ := differences(origin, Origin(manifest["config"], *made)):
-        hint = "choose another --run_id, or --resume none to move it aside and start anew"
+        hint = "name another with --resume, or leave it out"
+        if is_own:
+            hint = "choose another --run_id, or --resume none to move it aside and start anew"
         raise ConfigError([f"{path} is of another run ({'; '.join(differ)}); {hint}"])
 
 

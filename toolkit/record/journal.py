@@ -257,6 +257,8 @@ class RunFolder:
 
     def _is_ours(self) -> bool:
         """Tell whether the folder is absent, empty or a run's."""
+        if self.path.exists() and not self.path.is_dir():
+            return False
         names = {path.name for path in self.path.iterdir()} if self.path.exists() else set()
         begun = any(name.startswith(".status.json.tmp-") for name in names)
         return not names or begun or "status.json" in names
