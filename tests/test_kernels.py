@@ -78,6 +78,9 @@ def test_packs_need_what_triton_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "which", lambda name: None)
     monkeypatch.delenv("CC", raising=False)
     assert not attention.has_fast_packing(gpu, "bf16")
+    monkeypatch.setenv("CC", "")  # Triton would start it
+    monkeypatch.setattr(attention, "which", lambda name: name)
+    assert not attention.has_fast_packing(gpu, "bf16")
     monkeypatch.setenv("CC", "mycc")
     assert attention.has_fast_packing(gpu, "bf16")
     assert not attention.has_fast_packing(gpu, "fp32")

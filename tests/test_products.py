@@ -128,7 +128,10 @@ def test_sizes_of_products_are_few() -> None:
         assert 1 <= len(group.sequences) <= {32: 16, 64: 8, 96: 5}.get(group.width, 4)
         assert all(group.width - 32 < length <= group.width for length in group.lengths)
     sequences = sorted((piece.start, piece.stop) for group in found for piece in group.sequences)
-    most = [max(products.MOST, products.SHORT // width) for width in range(32, 257, 32)]
+    most = [
+        max(products.GROUP_SEQUENCES, products.GROUP_TOKENS // width)
+        for width in range(32, 257, 32)
+    ]
     assert sum(most) == 49, "sizes, 2.5 ms and 4 MB each"
     assert len(found) == 4 + 8 + 13 + 5 * 16, "as few as can be"
     assert sequences == [pair for pair in pairwise(bounds.tolist()) if pair[0] < pair[1]]

@@ -21,10 +21,11 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from tests.programs import TRAIN, launch, run_python
+from toolkit import build
 from toolkit.assets import encoder_fingerprint
 from toolkit.build import about_compiling
 from toolkit.config import RunConfig
-from toolkit.errors import DataError
+from toolkit.errors import ConfigError, DataError
 from toolkit.predict import Classifier
 from toolkit.train import main
 
@@ -558,3 +559,13 @@ def test_who_is_told_of_compile(
     if device == "cuda":
         runtime.is_zero = True  # with which nothing can be compiled
         assert about_compiling(config, runtime, padded, steps) is None
+
+
+@pytest.mark.parametrize(("precision", "advised"), [("fp32", True), ("bf16", False)])
+def test_compile_where_packs_have_no_fast_back_end(precision: Any, advised: bool) -> None:
+    """What is already so is not advised."""
+    config = RunConfig(precision=precision)
+    runtime: Any = SimpleNamespace(device=torch.device("cuda"))
+    with pytest.raises(ConfigError, match="leave out compile") as caught:
+        build._refuse_to_compile(config, runtime, padded=True)
+    assert ("set precision to bf16" in str(caught.value)) == advised

@@ -52,12 +52,14 @@ def make_trainer(
 
 
 def _refuse_to_compile(config: RunConfig, runtime: Runtime, padded: bool) -> None:
-    """Raise `ConfigError` where nothing would be gained by it."""
+    """Raise `ConfigError` where packs have no fast back end."""
     if padded or not has_fast_packing(runtime.device, config.precision):
+        advice = "set precision to bf16, or " if config.precision != "bf16" else ""
         raise ConfigError(
             [
-                "compile is for packed reviews, which a GPU takes in bf16, from Ampere on (here: "
-                f"{runtime.device}, {config.precision}): set precision to bf16, or leave out compile"
+                "compile is for packed reviews, which a GPU takes in bf16, from Ampere on, with Triton "
+                f"and a C compiler (here: {runtime.device}, {config.precision}): {advice}leave out "
+                "compile"
             ]
         )
 

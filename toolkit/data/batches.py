@@ -75,7 +75,7 @@ def make_batch(
     starts = np.cumsum(lengths) - lengths
     positions = np.arange(len(tokens)) - np.repeat(starts, lengths)
     keys = _token_keys(slot_keys, lengths, positions)
-    counted = int(lengths.sum()) if len(rows) else 0
+    counted = len(tokens) if len(rows) else 0
     longest = max(split.longest, len(STAND_IN))
     arrays = tokens, positions, keys
     laid_out = _pad(lengths, *arrays) if padded else _pack(lengths, *arrays, longest)
@@ -136,9 +136,10 @@ def _pack(
 
 
 def _few(sequences: int) -> int:
-    """Round up to 2^k or 1.25 x 2^k: a batch of 2^k reviews, with its filling, fits the second.
+    """Round up to 2^k or 1.25 x 2^k (8, 16, 24, 32, 40, 64 ...).
 
-    Multiples of 8, as matrix units want them: the last layer has a row for each sequence.
+    A batch of 2^k reviews, with its filling, fits the second. Matrix units want
+    multiples of 8: the last layer has a row for each sequence.
     """
     power = max(8, 1 << (sequences.bit_length() - 1))
     sizes = power, power + max(8, power // 4), 2 * power

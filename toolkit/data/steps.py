@@ -113,7 +113,8 @@ def _deal_packed(lengths: np.ndarray, world_size: int, num_micro_batches: int) -
 def _deal_padded(lengths: np.ndarray, world_size: int, num_micro_batches: int) -> Deal:
     """Cut the rows, sorted by length, into runs of equal padded size, and deal those to ranks.
 
-    Neighbours in length share a micro-batch, so there is little padding; long runs have few rows.
+    Neighbours in length share a micro-batch, so there is little padding; runs of long rows have few of
+    them.
     """
     order = np.argsort(-lengths, kind="stable")
     runs = _equal_runs(lengths[order], world_size * num_micro_batches)

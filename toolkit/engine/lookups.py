@@ -1,7 +1,8 @@
-"""Embeddings on a CPU: a step looks up few of their rows, and pays for those alone.
+"""Embeddings on a CPU: a step looks up few of their rows; only these are cleared, measured and sent.
 
 Otherwise each backward pass makes a gradient of the whole vocabulary, half of MiniLM's parameters: 47 MB
 that are mapped and cleared page by page, and that DDP sends to the other ranks (tests/bench/NOTES.md).
+AdamW goes over every row all the same: moments and weight decay ask for it.
 """
 
 from collections.abc import Callable

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,7 +109,8 @@ class Replicas:
         gradients by, and whether to leave the update out (torch 2.13; meant for `GradScaler`).
         """
         if self.lookups.weights and self.accelerator.num_processes > 1:
-            self.lookups.average(self.accelerator.reduce, self.accelerator.num_processes)
+            total = partial(self.accelerator.reduce, reduction="sum")
+            self.lookups.average(total, self.accelerator.num_processes)
         gradients = [p.grad for p in self.dense if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients + self.lookups.touched_gradients())
         optimizer: Any = self.optimizer

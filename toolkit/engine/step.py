@@ -26,7 +26,7 @@ class Wants:
 
 @dataclass(frozen=True)
 class Sums:
-    """What all ranks know of a step together; float64 on the device until it is read."""
+    """What all ranks know of a step together, as read from the device."""
 
     loss_sum: float
     tokens: float
@@ -34,7 +34,7 @@ class Sums:
     out_of_memory: float
     stop: float
     save: float
-    """The last three count ranks."""
+    """Ranks that want it; like the two above, a count of ranks."""
     norm: float
     """The gradient's before clipping, no sum; not finite if the step was left out."""
 
@@ -44,7 +44,7 @@ class Begun:
     """A step whose gradient is launched and not applied yet; the figures are this rank's."""
 
     loss_sum: Tensor
-    """On the device; of the rows of this rank, like the next two."""
+    """On the device."""
     tokens: int
     computed_tokens: int
     out_of_memory: bool
@@ -78,9 +78,11 @@ def train_step(
         OutOfMemoryError: when single reviews do not fit.
     """
     step = progress.step
-    begun = last.begun if last else None
-    started = last.ended if last and begun else time.monotonic()
-    begun = begun or begin_step(trainer, step, progress.split)
+    if last and last.begun:
+        begun, started = last.begun, last.ended
+    else:
+        started = time.monotonic()
+        begun = begin_step(trainer, step, progress.split)
     sums, following = _update(trainer, progress, begun, wants)
     while sums.out_of_memory:
         _cut_smaller(trainer, progress, begun.num_micro_batches)

@@ -126,12 +126,12 @@ def _gpu_has_kernels() -> bool:
 
 @functools.cache  # every layer asks
 def _triton_compiles() -> bool:
-    return find_spec("triton") is not None and c_compiler() is not None
+    return find_spec("triton") is not None and bool(c_compiler())
 
 
 def c_compiler() -> str | None:
-    """Return the compiler that Triton makes its way into the driver with, if there is one."""
-    return os.environ.get("CC") or which("clang") or which("gcc")
+    """Return the compiler that Triton makes its way into the driver with: an empty CC, too (3.8)."""
+    return os.environ.get("CC", which("gcc") or which("clang"))
 
 
 @torch.compiler.disable  # each batch has other lengths
@@ -146,7 +146,7 @@ def _one_by_one(
     """Attend in one sequence after the other; return (N, H, K)."""
     inputs = [query_NHK, key_THK, value_THK]
     if key_THK.device.type == "cpu" and key_THK.requires_grad:
-        # first tokens': the CPU's backward pass in bf16 takes far longer than in fp32 (torch 2.13)
+        # queries of first tokens; in bf16 the backward pass takes far longer than in fp32 (torch 2.13)
         inputs = [x.float() for x in inputs]
     of_queries, of_keys = query_bounds.diff().tolist(), bounds.diff().tolist()
     sizes = of_queries, of_keys, of_keys

@@ -166,7 +166,7 @@ class HeadClassifier(BertPreTrainedModel):
         inputs = input_ids, attention_mask, token_type_ids, position_ids
         if bounds is None:
             return self.bert(*inputs).pooler_output
-        # else they would lose their dropout without a word
+        # else packs would lose attention dropout without a word
         assert not self.training or self.config.attention_probs_dropout_prob == 0, "packs have none"
         encoded = self.bert(*inputs, bounds=bounds, longest=longest)
         pooler = self.bert.pooler

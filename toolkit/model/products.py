@@ -23,8 +23,9 @@ UNIT, UNIT_OF_BF16 = 8, 32
 """Tokens that widths are multiples of. In bf16 sizes have to be few: oneDNN makes kernels for each size
 of a product, which take 2.5 ms once and 4 MB for good (torch 2.13)."""
 
-MOST, SHORT = 4, 512
-"""Sequences of a group; of short ones as many as have that many tokens together, filling included."""
+GROUP_SEQUENCES, GROUP_TOKENS = 4, 512
+"""A group has at most so many sequences, or as many as have so many tokens together, filling included, if
+these are more."""
 
 
 class Group:
@@ -77,7 +78,7 @@ def groups_of(bounds: Tensor, x_TPHK: Tensor) -> list[Group]:
             alike[-(-(end - start) // unit) * unit].append(slice(start, end))
     groups = []
     for width, sequences in alike.items():
-        most = max(MOST, SHORT // width)
+        most = max(GROUP_SEQUENCES, GROUP_TOKENS // width)
         groups += [Group(sequences[i : i + most], width) for i in range(0, len(sequences), most)]
     return groups
 
