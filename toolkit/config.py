@@ -320,13 +320,13 @@ def _items(tokens: list[str]) -> tuple[list[Item], list[str]]:
             name = token.lstrip("-")
             hint = f"; did you mean --{name}?" if name in FIELDS else " (flags start with --)"
             problems.append(f"{token}: is not a flag{hint}")
-        elif key == "--config" and value:
+        elif not value and (key == "--config" or (not has_value and key[2:] in FIELDS)):
+            problems.append(f"{key}: has no value")
+        elif key == "--config":
             try:
                 items += _file_items(value)
             except ValueError as error:
                 problems.append(f"--config {value}: {error}")
-        elif key == "--config" or (not has_value and key[2:] in FIELDS):
-            problems.append(f"{key}: has no value")
         else:
             items.append(Item("flag", key[2:], _from_text(key[2:], value)))
     return items, problems
@@ -341,21 +341,13 @@ def _is_unicode(text: str) -> bool:
 
 
 def _file_items(path: str) -> list[Item]:
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-        content = strict_yaml.load(text)
-    except OSError as error:
-        raise ValueError(f"cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"is not YAML ({' '.join(str(error).split())})") from error
-    if content is not None and not isinstance(content, dict):
-        raise ValueError(f"must hold `name: value` lines, got {content!r}")
+    text, content = strict_yaml.read(Path(path).expanduser(), or_nothing=True)
     # text as it is written: to YAML `no` is False, and 0123456, a commit's first digits, is 42798
     written = yaml.load(text, yaml.BaseLoader) or {}
     texts = {key: as_written for key, as_written in written.items() if _takes_text(key)}
     return [
         Item(path, str(key), value if value is None else texts.get(key, value))
-        for key, value in (content or {}).items()
+        for key, value in content.items()
     ]
 
 

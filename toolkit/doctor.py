@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlparse
 
-import yaml
-
+from toolkit import strict_yaml
 from toolkit.config import RunConfig, cache_dir
 from toolkit.console import complain, say
 from toolkit.machine import usable_cores
@@ -73,21 +72,13 @@ def _options(argv: list[str]) -> argparse.Namespace:
         known = ", ".join(sorted(path.name for path in LAUNCH_FOLDER.glob("*.yaml")))
         complain(f"error: --launch got {options.launch}, which is no file; there are {known}")
         raise SystemExit(2)
-    if options.launch is not None and (problem := _is_no_launch_config(options.launch)):
-        complain(f"error: --launch got {options.launch}, which is no launch config: {problem}")
-        raise SystemExit(2)
+    if options.launch is not None:
+        try:
+            strict_yaml.read(options.launch)
+        except ValueError as error:
+            complain(f"error: --launch got {options.launch}, which is no launch config: it {error}")
+            raise SystemExit(2) from error
     return options
-
-
-def _is_no_launch_config(launch: Path) -> str | None:
-    """Say what is wrong with a file that Accelerate could not even begin to read."""
-    try:
-        content = yaml.safe_load(launch.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        return " ".join(str(error).split())
-    return (
-        None if isinstance(content, dict) else f"it must hold `name: value` lines, got {content!r}"
-    )
 
 
 def versions() -> Iterator[Finding]:

@@ -86,9 +86,10 @@ def run(
 def _record_early_stop(config: RunConfig, folder: RunFolder, stop: Stop) -> None:
     folder.record_crash("preempted", message=str(Preempted()), split=folder.split)
     is_main = os.environ.get("RANK", "0") == "0"  # the ranks have not met: there is no runtime yet
-    if is_main:
-        complain(str(Preempted()))
-    if is_main and config.track == "wandb" and is_agents_run() and stop.by_scheduler:
+    if not is_main:
+        return
+    complain(str(Preempted()))
+    if config.track == "wandb" and is_agents_run() and stop.by_scheduler:
         give_back(wandb_arguments(*config.wandb_place))
 
 

@@ -136,10 +136,10 @@ def _pack(
 
 
 def _few(sequences: int) -> int:
-    """Round up to 2^k or 1.25 x 2^k (8, 16, 24, 32, 40, 64 ...).
+    """Round up to 2^k or 1.25 x 2^k, in multiples of 8: 8, 16, 24, 32, 40, 64, 80 ...
 
-    A batch of 2^k reviews, with its filling, fits the second. Matrix units want
-    multiples of 8: the last layer has a row for each sequence.
+    A batch of 2^k reviews, with its filling, fits the second. Matrix units want the multiples: the last
+    layer has a row for each sequence.
     """
     power = max(8, 1 << (sequences.bit_length() - 1))
     sizes = power, power + max(8, power // 4), 2 * power

@@ -22,8 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from toolkit import strict_yaml
 from toolkit.config import RunConfig, parse
 from toolkit.errors import ConfigError
@@ -95,14 +93,9 @@ def load(path: Path) -> Sweep:
         ConfigError: naming everything that is wrong with it.
     """
     try:
-        content = strict_yaml.load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError([f"sweep file {path} cannot be read ({error.strerror})"]) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        text = " ".join(str(error).split())
-        raise ConfigError([f"sweep file {path} is not YAML ({text})"]) from error
-    if not isinstance(content, dict):
-        raise ConfigError([f"sweep file {path} must hold W&B's sweep format, got {content!r}"])
+        _, content = strict_yaml.read(path)
+    except ValueError as error:
+        raise ConfigError([f"sweep file {path} {error}"]) from error
     problems = [f"{path}: {problem}" for problem in _problems(content)]
     if problems:
         raise ConfigError(problems)
